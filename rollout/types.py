@@ -1,0 +1,108 @@
+"""What goes into an engine and what comes out: plain values, no model and no tensor on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request is sampled.
+
+    Args:
+        max_new_tokens: longest response in tokens; the prompt is not counted.
+        temperature: >= 0; 0 takes the most likely token.
+        top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
+        top_k: keep this many most likely tokens; 0 keeps all.
+        min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
+        seed: the tokens of a request depend on its seed and sample index, never on its neighbours.
+        stop_token_ids: the response ends with the first of these (which is part of it).
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> Sampling(max_new_tokens=8, temperature=0.7).top_p
+        1.0
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, good, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, ">= 1"),
+            ("temperature", self.temperature >= 0, ">= 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, ">= 0; 0 keeps all"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+        ):
+            if not good:
+                raise ValueError(f"Sampling.{name} = {getattr(self, name)}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, sampled `num_samples` times from one prefill.
+
+    Example:
+        >>> Request(request_id="p7", prompt=(1, 5, 9), num_samples=4).sampling.temperature
+        1.0
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    num_samples: int = 1
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response.
+
+    Args:
+        tokens: the response, the stop token included when finish is "stop".
+        logprobs: natural log-probability of each token under the model's untouched distribution
+            (temperature 1, nothing filtered), same length as tokens.
+        filtered_logprobs: the same under the distribution that was sampled from (temperature,
+            top-p, top-k, min-p), renormalised.
+        kept_mass: probability, at the sampling temperature, of the set that was kept, per token.
+        policy_version: version of the weights that sampled it.
+    """
+
+    request_id: str
+    sample: int
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    filtered_logprobs: tuple[float, ...]
+    kept_mass: tuple[float, ...]
+    finish: Finish
+    policy_version: int
+
+
+class Engine(Protocol):
+    """Anything that samples from a policy and takes new weights for it."""
+
+    policy_version: int
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """All samples of all requests, in the order of the requests, then of the samples."""
+        ...
+
+    def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replaces weights in place by name; every later completion carries `version`."""
+        ...
+
+    def close(self) -> None: ...
