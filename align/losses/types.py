@@ -17,8 +17,10 @@ class Loss:
         aux: scalar: the model's own loss on its routing, a mean over this microbatch's tokens,
             coefficients applied; None for a model without experts.
         metrics: name -> (sum, count), detached scalars; the loop divides after reducing both.
+        maxima: name -> detached scalar; the loop keeps the largest.
     """
 
     sum: Tensor
     aux: Tensor | None = None
     metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
