@@ -1,0 +1,188 @@
+"""From logits to one token a row, with what the token's probability was before and after filtering.
+
+The random number of a token is a hash of (seed, sample, position), not the next number of a stream:
+
+    u = hash(seed, sample, position) in [0, 1)
+    token = the first i with cumsum(p)_i > u * cumsum(p)_V
+
+so a token depends on its own logits only, whatever else is in the batch, in whatever order, and a
+killed run samples the same text again. What remains is arithmetic: a matrix product may round a
+row's logits otherwise in a batch of another size. That moves a border of the cumulative sum by
+about 1e-7, so a token differs only if u falls between the two borders, i.e. if two tokens tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rollout.types import Sampling
+
+MASK_63 = (1 << 63) - 1
+# SplitMix64's increment and multipliers (Steele, Lea, Flood 2014), as signed 64-bit integers.
+INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
+MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """How each of N rows is sampled, as tensors on the logits' device.
+
+    Args:
+        temperature, top_p, min_p: [N] fp32, as in `rollout.types.Sampling`.
+        top_k: [N] int64; 0 keeps all.
+        seed, sample: [N] int64; with a token's position they are its random number.
+        greedy: whether any row has temperature 0.
+        tempered: whether any row has a temperature other than 0 and 1.
+        filtered: whether any row keeps less than the whole vocabulary.
+    """
+
+    temperature: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    top_k: Tensor
+    seed: Tensor
+    sample: Tensor
+    greedy: bool
+    tempered: bool
+    filtered: bool
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[tuple[Sampling, int]], *, device: torch.device | str = "cpu"
+    ) -> Knobs:
+        """One row per (sampling, index of the sample in its group).
+
+        Example:
+            >>> Knobs.of([(Sampling(temperature=0.0), 0), (Sampling(top_k=5), 1)]).top_k.tolist()
+            [0, 5]
+        """
+
+        def floats(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        def integers(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        samplings = [sampling for sampling, _ in rows]
+        return cls(
+            temperature=floats([s.temperature for s in samplings]),
+            top_p=floats([s.top_p for s in samplings]),
+            min_p=floats([s.min_p for s in samplings]),
+            top_k=integers([s.top_k for s in samplings]),
+            seed=integers([s.seed & MASK_63 for s in samplings]),
+            sample=integers([sample for _, sample in rows]),
+            greedy=any(s.temperature == 0 for s in samplings),
+            tempered=any(s.temperature not in (0, 1) for s in samplings),
+            filtered=any(
+                s.temperature > 0 and (s.top_p < 1 or s.top_k > 0 or s.min_p > 0) for s in samplings
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token a row.
+
+    Args:
+        tokens: [N] int64.
+        logprobs: [N] fp32, natural log-probability at temperature 1 with nothing filtered.
+        filtered_logprobs: [N] fp32, under the distribution that was sampled from; 0 if greedy.
+        kept_mass: [N] fp32 in (0, 1], probability at the sampling temperature of the kept set.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    filtered_logprobs: Tensor
+    kept_mass: Tensor
+
+
+def mix(value: Tensor) -> Tensor:
+    """SplitMix64's finaliser of int64 values: a bijection whose every output bit depends on all."""
+    for shift, multiplier in MULTIPLIERS:
+        # torch shifts int64 arithmetically; the mask makes the shift logical
+        value = (value ^ ((value >> shift) & (MASK_63 >> (shift - 1)))) * multiplier
+    return value ^ ((value >> 31) & (MASK_63 >> 30))
+
+
+def uniform(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+    """[N] fp64 in [0, 1), 53 random bits: a pure function of three int64 counters.
+
+    Source: SplitMix64 applied in turn to each counter, which is how it seeds independent streams.
+
+    Example:
+        >>> one, two = torch.tensor([1]), torch.tensor([2])
+        >>> bool(uniform(one, two, one) == uniform(one, one, two))
+        False
+    """
+    state = mix(seed + INCREMENT)
+    state = mix((state ^ sample) + INCREMENT)
+    state = mix((state ^ position) + INCREMENT)
+    bits = (state >> 11) & ((1 << 53) - 1)
+    return bits.double() * 2.0**-53
+
+
+def kept(probabilities: Tensor, knobs: Knobs) -> Tensor:
+    """[N, V] bool: what top-k, then top-p of what is left, then min-p keep; never empty.
+
+    Equal probabilities are kept in order of their token id, so exactly k survive top-k.
+    """
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(ordered.shape[-1], device=ordered.device)
+    limit = torch.where(knobs.top_k > 0, knobs.top_k, ordered.shape[-1])
+    keep = rank < limit[:, None]
+    ordered = ordered * keep
+    ordered = ordered / ordered.sum(-1, keepdim=True)
+    # a token stays while the mass before it has not reached top_p: the smallest sufficient set
+    before = ordered.cumsum(-1, dtype=torch.float64) - ordered
+    top_p = knobs.top_p[:, None]
+    keep &= (before < top_p) | (top_p >= 1)
+    keep &= ordered >= knobs.min_p[:, None] * ordered[:, :1]
+    return torch.zeros_like(keep).scatter(-1, order, keep)
+
+
+def draw(logits: Tensor, knobs: Knobs, positions: Tensor) -> Drawn:
+    """One token a row by inverse transform sampling.
+
+    Args:
+        logits: [N, V] fp32.
+        knobs: N rows.
+        positions: [N] int64, index of the token in its response, the third counter of its hash.
+
+    Raises:
+        RuntimeError: if a row holds nan or only -inf, which means a broken model.
+    """
+    untouched = tempered = logits.log_softmax(-1)
+    if knobs.tempered:
+        temperature = torch.where(knobs.temperature > 0, knobs.temperature, 1.0)
+        tempered = (logits / temperature[:, None]).log_softmax(-1)
+    probabilities = tempered.exp()
+    if knobs.filtered:
+        probabilities = probabilities * kept(probabilities, knobs)
+    # fp64: in fp32 a cumulative sum over a large vocabulary would lose its rare tokens
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    mass = cumulative[:, -1]
+    if not bool((mass > 0).all()):
+        row = int((~(mass > 0)).nonzero()[0])
+        raise RuntimeError(
+            f"sampler: row {row} of the logits has no finite distribution (nan, or all -inf); "
+            "the weights are broken: look at the last update's loss and gradient norm"
+        )
+    # the clamp keeps u * mass, when rounded up, below the last kept token's border
+    point = (uniform(knobs.seed, knobs.sample, positions) * mass).minimum(mass.nextafter(0 * mass))
+    tokens = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
+    chosen = tokens[:, None]
+    kept_mass = mass.float() if knobs.filtered else torch.ones_like(knobs.temperature)
+    filtered = tempered.gather(-1, chosen)[:, 0]
+    if knobs.filtered:
+        filtered = (filtered.double() - mass.log()).float()
+    if knobs.greedy:
+        is_greedy = knobs.temperature == 0
+        tokens = torch.where(is_greedy, logits.argmax(-1), tokens)
+        filtered = torch.where(is_greedy, 0.0, filtered)
+        kept_mass = torch.where(is_greedy, 1.0, kept_mass)
+    logprobs = untouched.gather(-1, tokens[:, None])[:, 0]
+    return Drawn(tokens, logprobs, filtered, kept_mass)
