@@ -1,4 +1,4 @@
-"""Next-token loss: the weighted sum of -log p(token). Pretraining and SFT differ in weights only."""
+"""Next-token loss: the weighted sum of -log p(token). Pretraining and SFT differ in weights."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ Scores are only compared, so their zero is free; c pulls it to the middle of eac
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -43,6 +42,7 @@ def reward_loss(
     Source: TRL 1.16 RewardTrainer (`margin`, `center_rewards_coefficient`) for one head.
 
     Example:
+        >>> import torch
         >>> scores = torch.zeros(1, 1)
         >>> round(reward_loss(scores, scores, mask=torch.ones(1, 1)).sum.item(), 6)
         0.693147
