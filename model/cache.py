@@ -1,0 +1,293 @@
+"""What a decoding model remembers: lightning states in slots, softmax keys and values in pages.
+
+A slot is one sequence. Its lightning states are a fixed amount of fp32 memory; its keys and values
+lie in pages of `page_tokens`, which a fork shares with its source until one of them writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from model.config import HybridConfig
+
+
+class DecodeCache(Cache):
+    """One object for the whole model.
+
+    Args:
+        num_slots: sequences held at once.
+        num_pages: pages of keys and values, shared by all slots.
+        page_tokens: tokens a page.
+        grows: whether pages are added when none is free (transformers' `generate` does not say
+            how long it will run); otherwise running out is an error.
+
+    Example:
+        >>> from model.config import preset
+        >>> cache = DecodeCache(preset("tiny"), num_slots=2, num_pages=4)
+        >>> slot = cache.allocate()
+        >>> cache.lengths[slot], cache.num_free_pages
+        (0, 4)
+    """
+
+    is_croppable = False
+
+    def __init__(
+        self,
+        config: HybridConfig,
+        *,
+        num_slots: int,
+        num_pages: int,
+        page_tokens: int = 64,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        grows: bool = False,
+    ) -> None:
+        super().__init__(layers=[])
+        kinds = config.layer_types
+        self.lightning = {n: i for i, n in enumerate(_numbers(kinds, "linear_attention"))}
+        softmax = [n for n in range(len(kinds)) if n not in self.lightning]
+        self.softmax = {n: i for i, n in enumerate(softmax)}
+        heads, kv_heads, size = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        # fp32: bf16 states lose accuracy that shows in benchmarks (vLLM issue 19592)
+        wide = torch.promote_types(dtype, torch.float32)
+        self.states = torch.zeros(
+            len(self.lightning), num_slots, heads, size, size, dtype=wide, device=device
+        )
+        self.pages = torch.zeros(
+            len(self.softmax), 2, num_pages, page_tokens, kv_heads, size, dtype=dtype, device=device
+        )
+        self.page_tokens = page_tokens
+        self.grows = grows
+        self.lengths = [0] * num_slots
+        self.tables: list[list[int]] = [[] for _ in range(num_slots)]
+        self.users = [0] * num_pages
+        self.free_pages = list(range(num_pages - 1, -1, -1))
+        self.free_slots = list(range(num_slots - 1, -1, -1))
+
+    @property
+    def num_free_pages(self) -> int:
+        return len(self.free_pages)
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self.free_slots)
+
+    def allocate(self) -> int:
+        """An empty slot: length 0, states zero.
+
+        Raises:
+            RuntimeError: if every slot is taken.
+        """
+        if not self.free_slots:
+            raise RuntimeError(
+                f"all {len(self.lengths)} cache slots are taken; free one or make num_slots larger"
+            )
+        slot = self.free_slots.pop()
+        self.states[:, slot] = 0
+        return slot
+
+    def fork(self, slot: int) -> int:
+        """A new slot with the same past: states copied, pages shared until one of the two writes."""
+        new = self.allocate()
+        self.states[:, new] = self.states[:, slot]
+        self.lengths[new] = self.lengths[slot]
+        self.tables[new] = list(self.tables[slot])
+        for page in self.tables[new]:
+            self.users[page] += 1
+        return new
+
+    def free(self, slot: int) -> None:
+        """Gives the slot back, and every page that nobody else holds."""
+        for page in self.tables[slot]:
+            self._release(page)
+        self.tables[slot] = []
+        self.lengths[slot] = 0
+        self.free_slots.append(slot)
+
+    def pages_needed(self, slot: int, new_tokens: int) -> int:
+        """Pages that must be free before `slot` can take `new_tokens` more."""
+        table, held = self.tables[slot], self.lengths[slot]
+        fresh = -(-(held + new_tokens) // self.page_tokens) - len(table)
+        shared_tail = held % self.page_tokens and self.users[table[-1]] > 1
+        return fresh + bool(shared_tail)
+
+    def begin(self, slots: Sequence[int], lengths: Sequence[int]) -> CacheStep:
+        """Makes room for `lengths[i]` new tokens in `slots[i]` and says where everything lies.
+
+        Raises:
+            ValueError: if slots repeat or do not match the lengths.
+            RuntimeError: if no page is free.
+        """
+        if len(set(slots)) != len(slots) or len(slots) != len(lengths):
+            raise ValueError(
+                f"slots = {tuple(slots)} for {len(lengths)} sequences: expected one slot each, "
+                "no slot twice"
+            )
+        past = [self.lengths[slot] for slot in slots]
+        for slot, length in zip(slots, lengths, strict=True):
+            self._reserve(slot, length)
+        size = self.page_tokens
+        most = max(len(self.tables[slot]) for slot in slots)
+        table = torch.tensor([self._row(slot, most) for slot in slots])
+        places = torch.cat(
+            [
+                torch.arange(held, held + length)
+                for held, length in zip(past, lengths, strict=True)
+            ]
+        )
+        owner = torch.repeat_interleave(torch.arange(len(slots)), torch.tensor(lengths))
+        rows = table[owner, places // size] * size + places % size
+        device = self.states.device
+        return CacheStep(
+            cache=self,
+            slots=tuple(slots),
+            lengths=tuple(lengths),
+            past=torch.tensor(past).to(device),
+            rows=rows.to(device),
+            table=table.to(device),
+            index=torch.tensor(slots).to(device),
+            is_fresh=not any(past),
+        )
+
+    def _row(self, slot: int, most: int) -> list[int]:
+        table = self.tables[slot]
+        return table + table[-1:] * (most - len(table))
+
+    def _reserve(self, slot: int, new_tokens: int) -> None:
+        table, held = self.tables[slot], self.lengths[slot]
+        if held % self.page_tokens and self.users[table[-1]] > 1:
+            # the last page is shared and would be written: take a copy of it first
+            page = self._take(slot)
+            self.pages[:, :, page] = self.pages[:, :, table[-1]]
+            self._release(table[-1])
+            table[-1] = page
+        while len(table) * self.page_tokens < held + new_tokens:
+            table.append(self._take(slot))
+
+    def _take(self, slot: int) -> int:
+        if not self.free_pages and self.grows:
+            self._grow()
+        if not self.free_pages:
+            raise RuntimeError(
+                f"no free page of {len(self.users)} pages x {self.page_tokens} tokens for slot "
+                f"{slot} at {self.lengths[slot]} tokens; make num_pages larger or run fewer "
+                "sequences at once"
+            )
+        page = self.free_pages.pop()
+        self.users[page] = 1
+        return page
+
+    def _release(self, page: int) -> None:
+        self.users[page] -= 1
+        if not self.users[page]:
+            self.free_pages.append(page)
+
+    def _grow(self) -> None:
+        more = max(len(self.users), 1)
+        shape = list(self.pages.shape)
+        shape[2] = more
+        self.pages = torch.cat((self.pages, self.pages.new_zeros(shape)), dim=2)
+        self.free_pages = list(range(len(self.users) + more - 1, len(self.users) - 1, -1))
+        self.users += [0] * more
+
+    # What transformers' `generate` asks of a cache.
+
+    def __len__(self) -> int:
+        return len(self.lightning) + len(self.softmax)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held by the longest slot: every layer has seen the same tokens."""
+        return max(self.lengths)
+
+    def get_max_length(self) -> int | None:
+        return None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Slot i becomes a copy of slot beam_idx[i], as beam search asks."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        taken = len(self.lengths)
+        self.batch_select_indices(torch.arange(taken).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps and orders slots by index; a slot named twice is forked. All slots are in use."""
+        wanted = [int(index) for index in indices]
+        tables = [list(self.tables[slot]) for slot in wanted]
+        for page in (page for table in tables for page in table):
+            self.users[page] += 1
+        for page in (page for table in self.tables for page in table):
+            self._release(page)
+        self.states = self.states[:, indices.to(self.states.device)]
+        self.lengths = [self.lengths[slot] for slot in wanted]
+        self.tables = tables
+        self.free_slots = []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: a recurrent state cannot forget its last tokens.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"cannot crop {tokens_to_remove} tokens: a lightning state cannot forget; fork the "
+            "slot before the tokens that may be taken back"
+        )
+
+
+def _numbers(kinds: Sequence[str], kind: str) -> list[int]:
+    return [number for number, name in enumerate(kinds) if name == kind]
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """One forward's view of a cache: who continues what, and where new keys go.
+
+    Args:
+        past: [S] int64, tokens held before; is_fresh if all are 0.
+        rows: [T] int64, row of each new token in the pages laid end to end.
+        table: [S, P] int64, pages of each slot, the last repeated to P.
+        index: [S] int64, the slots.
+    """
+
+    cache: DecodeCache
+    slots: tuple[int, ...]
+    lengths: tuple[int, ...]
+    past: Tensor
+    rows: Tensor
+    table: Tensor
+    index: Tensor
+    is_fresh: bool
+
+    def state(self, layer: int) -> Tensor:
+        """[S, H, D, D] fp32, the lightning states before the new tokens."""
+        return self.cache.states[self.cache.lightning[layer]].index_select(0, self.index)
+
+    def put_state(self, layer: int, state: Tensor) -> None:
+        self.cache.states[self.cache.lightning[layer]].index_copy_(0, self.index, state.detach())
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Stores the new tokens' keys and values, each [T, G, D]."""
+        pages = self.cache.pages[self.cache.softmax[layer]]
+        for store, new in zip(pages, (k, v), strict=True):
+            store.flatten(0, 1).index_copy_(0, self.rows, new.detach().to(store.dtype))
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of every slot, each [S, P * page_tokens, G, D]."""
+        pages = self.cache.pages[self.cache.softmax[layer]]
+        keys, values = (store[self.table].flatten(1, 2) for store in pages)
+        return keys, values
+
+    def end(self) -> None:
+        """Counts the new tokens as held, once every layer has seen them."""
+        for slot, length in zip(self.slots, self.lengths, strict=True):
+            self.cache.lengths[slot] += length

@@ -1,0 +1,222 @@
+"""HybridConfig: a `minimax` config.json plus our keys, and the presets.
+
+A folder written here opens in transformers' own `minimax`: our keys stand beside the known ones,
+and each of them defaults to what transformers computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers.models.minimax.configuration_minimax import MiniMaxConfig
+
+LayerKind = Literal["linear_attention", "full_attention", "sliding_attention"]
+LAYER_KINDS = ("linear_attention", "full_attention", "sliding_attention")
+
+
+class HybridConfig(MiniMaxConfig):
+    """Shape and constants of a hybrid lightning/softmax/MoE model.
+
+    Known keys are transformers' `MiniMaxConfig`; ours are below. `layer_types` defaults to the
+    report's order: seven lightning layers, then one softmax layer.
+
+    Raises:
+        ValueError: if a key asks for something this model does not compute.
+
+    Example:
+        >>> HybridConfig(num_hidden_layers=8).layer_types[-2:]
+        ['linear_attention', 'full_attention']
+    """
+
+    rotary_dim: int | None = None
+    """Leading dimensions of each head that are rotated; null rotates all of head_dim."""
+    postnorm: bool = True
+    """True: the residual carries the normed activation (DeepNorm, the report); False: PreNorm."""
+    lightning_norm_eps: float = 1e-6
+    """Epsilon of the norm over all heads inside a lightning layer (vLLM 0.23 computes 1e-5)."""
+    lm_head_fp32: bool = False
+    """Whether the LM head multiplies in fp32 whatever the dtype of the weights."""
+    router_aux_scaling: str = "switch"
+    """`switch`: E * sum f_i P_i, 2.0 at balance for top-2; `paper`: (1/E) * sum f_i m_i."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the mean squared log-sum-exp of the router's logits."""
+    expert_capacity_factor: float = 0.0
+    """Training only: an expert takes factor * T * K / E tokens, the rest are dropped; 0 drops none.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.layer_types is None:
+            self.layer_types = [
+                "linear_attention" if (layer + 1) % 8 else "full_attention"
+                for layer in range(self.num_hidden_layers)
+            ]
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self._refuse_what_is_not_computed()
+
+    def _refuse_what_is_not_computed(self) -> None:
+        rope = self.rope_parameters or {}
+        unknown = sorted(set(self.layer_types) - set(LAYER_KINDS))
+        rotary = self.rotary_dim if self.rotary_dim is not None else self.head_dim
+        rules = (
+            ("layer_types", unknown or "known", not unknown, f"only {', '.join(LAYER_KINDS)}"),
+            (
+                "layer_types",
+                f"{len(self.layer_types)} kinds",
+                len(self.layer_types) == self.num_hidden_layers,
+                f"one for each of num_hidden_layers = {self.num_hidden_layers}",
+            ),
+            (
+                "sliding_window",
+                self.sliding_window,
+                self.sliding_window is not None or "sliding_attention" not in self.layer_types,
+                "a number of tokens, because layer_types holds sliding_attention",
+            ),
+            ("hidden_act", self.hidden_act, self.hidden_act == "silu", "silu"),
+            ("attention_dropout", self.attention_dropout, self.attention_dropout == 0, "0"),
+            ("router_jitter_noise", self.router_jitter_noise, self.router_jitter_noise == 0, "0"),
+            (
+                "rope_parameters.rope_type",
+                rope.get("rope_type", "default"),
+                rope.get("rope_type", "default") == "default",
+                "default",
+            ),
+            (
+                "rotary_dim",
+                self.rotary_dim,
+                0 < rotary <= self.head_dim and rotary % 2 == 0,
+                f"even, 2 to head_dim = {self.head_dim}",
+            ),
+            (
+                "num_attention_heads",
+                self.num_attention_heads,
+                self.num_attention_heads % self.num_key_value_heads == 0,
+                f"a multiple of num_key_value_heads = {self.num_key_value_heads}",
+            ),
+            (
+                "num_experts_per_tok",
+                self.num_experts_per_tok,
+                1 <= self.num_experts_per_tok <= self.num_local_experts,
+                f"1 to num_local_experts = {self.num_local_experts}",
+            ),
+            (
+                "router_aux_scaling",
+                self.router_aux_scaling,
+                self.router_aux_scaling in ("switch", "paper"),
+                "switch or paper",
+            ),
+            (
+                "expert_capacity_factor",
+                self.expert_capacity_factor,
+                self.expert_capacity_factor >= 0,
+                ">= 0; 0 drops no token",
+            ),
+        )
+        for key, value, good, expected in rules:
+            if not good:
+                raise ValueError(f"config.json: {key} = {value}, expected {expected}")
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that softmax layer `layer` sees, itself included; None sees all.
+
+        As in transformers' `minimax`, a sliding_window without any sliding_attention layer holds
+        for every softmax layer.
+        """
+        named = "sliding_attention" in self.layer_types
+        slides = self.layer_types[layer] == "sliding_attention" if named else True
+        return self.sliding_window if slides else None
+
+
+# The report's DeepNorm residual gain at 80 layers, (2N)^0.25 (PAPER section 4.2).
+_DEEPNORM_80 = 3.5565588200778455
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # 2.6M parameters: trains on two CPU cores in minutes.
+    "tiny": {
+        "vocab_size": 1024,
+        "hidden_size": 128,
+        "intermediate_size": 160,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "rotary_dim": 16,
+        "num_local_experts": 4,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "router_aux_loss_coef": 0.01,
+    },
+    # about 100M parameters: one small GPU.
+    "small": {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 384,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "rotary_dim": 32,
+        "num_local_experts": 8,
+        "max_position_embeddings": 32_768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "router_aux_loss_coef": 0.01,
+    },
+    # 1.9B parameters, 0.6B active: one large GPU; the size that benchmarks are quoted for.
+    "base": {
+        "vocab_size": 32_000,
+        "hidden_size": 2048,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "rotary_dim": 64,
+        "num_local_experts": 8,
+        "max_position_embeddings": 1_048_576,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000_000.0},
+        "router_aux_loss_coef": 0.01,
+    },
+    # 456B parameters, 45.9B active: the report's model (PAPER section 1.1).
+    "minimax-text-01": {
+        "vocab_size": 200_064,
+        "hidden_size": 6144,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rotary_dim": 64,
+        "num_local_experts": 32,
+        "max_position_embeddings": 10_240_000,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000_000.0},
+        "router_aux_loss_coef": 0.001,
+        "linear_attn_alpha_factor": _DEEPNORM_80,
+        "full_attn_alpha_factor": _DEEPNORM_80,
+        "mlp_alpha_factor": _DEEPNORM_80,
+        "bos_token_id": 200_019,
+        "eos_token_id": 200_020,
+    },
+}
+
+
+def preset(name: str, **changes: Any) -> HybridConfig:
+    """A preset by name, with some of its keys changed.
+
+    The small presets carry DeepNorm's alpha = (2N)^0.25 for their own depth N.
+
+    Raises:
+        ValueError: if no preset has this name.
+
+    Example:
+        >>> preset("tiny", num_hidden_layers=16).num_hidden_layers
+        16
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset = {name!r}, expected one of {', '.join(PRESETS)}")
+    keys = {**PRESETS[name], **changes}
+    alpha = (2 * keys["num_hidden_layers"]) ** 0.25
+    gains = dict.fromkeys(
+        ("linear_attn_alpha_factor", "full_attn_alpha_factor", "mlp_alpha_factor"), alpha
+    )
+    return HybridConfig(**{**gains, **keys})

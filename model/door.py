@@ -1,0 +1,181 @@
+"""The door between padded calls and the packed inside.
+
+A padded call is unpadded on entry and padded on exit; a packed call, as TRL's and transformers'
+collators emit it (`position_ids` that restart, or `cu_seq_lens_q`), is read for its borders. What
+cannot be honoured exactly is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.packed import Packed
+
+
+@dataclass(frozen=True)
+class Door:
+    """How a padded call became packed, and the way back.
+
+    Args:
+        packed: the real tokens.
+        shape: (batch, length) of the call.
+        rows: [T] int64, place of each packed token in the flattened call; None if all are real.
+        members: batch row of each sequence, for a call that continues a cache.
+    """
+
+    packed: Packed
+    shape: tuple[int, int]
+    rows: Tensor | None
+    members: tuple[int, ...]
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """[B, L, ...] -> [T, ...]."""
+        flat = x.flatten(0, 1)
+        return flat if self.rows is None else flat.index_select(0, self.rows)
+
+    def repad(self, x: Tensor) -> Tensor:
+        """[T, ...] -> [B, L, ...], zeros where the call had padding."""
+        if self.rows is not None:
+            room = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+            x = room.index_copy(0, self.rows, x)
+        return x.view(*self.shape, *x.shape[1:])
+
+
+def open_door(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    past: Sequence[int] | None = None,
+) -> Door:
+    """Finds the sequences of a call in transformers' form.
+
+    Args:
+        input_ids: [B, L] int64.
+        attention_mask: [B, M], M >= L, 1 for real tokens; its last L columns speak of input_ids.
+        position_ids: [B, L]; a position that does not follow its neighbour starts a sequence.
+        cu_seqlens: [S + 1], borders in the flattened call; overrules position_ids.
+        past: tokens that each batch row's cache holds; None without a cache.
+
+    Raises:
+        ValueError: if the borders are wrong, contradict each other, or cannot be honoured.
+    """
+    batch, length = input_ids.shape
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask has {attention_mask.ndim} dimensions, expected 2 [batch, length]; "
+            "masks of other shapes cannot be honoured by lightning layers: pack the documents"
+        )
+    if cu_seqlens is not None:
+        return _from_borders(input_ids, attention_mask, position_ids, cu_seqlens, past)
+    if attention_mask is not None:
+        return _from_mask(input_ids, attention_mask, position_ids, past)
+    if position_ids is not None and past is None:
+        return _from_positions(input_ids, position_ids)
+    rows = tuple(range(batch))
+    start = torch.tensor(past if past is not None else [0] * batch, device=input_ids.device)
+    positions = start[:, None] + torch.arange(length, device=input_ids.device)[None, :]
+    packed = Packed(input_ids.flatten(), positions.flatten(), (length,) * batch)
+    return Door(packed, (batch, length), None, rows)
+
+
+def _from_mask(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor | None,
+    past: Sequence[int] | None,
+) -> Door:
+    batch, length = input_ids.shape
+    if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask {tuple(attention_mask.shape)} for input_ids {(batch, length)}: "
+            "expected as many rows, and as many columns or more"
+        )
+    real = attention_mask[:, -length:].bool()
+    starts = real & ~torch.nn.functional.pad(real, (1, 0))[:, :-1]
+    runs = starts.sum(1).tolist()
+    for row, count in enumerate(runs):
+        if count > 1:
+            raise ValueError(
+                f"attention_mask row {row} has {count} runs of 1, expected one; a hole in a "
+                "sequence cannot be honoured by lightning layers: pack the documents instead"
+            )
+    lengths = real.sum(1).tolist()
+    members = tuple(row for row in range(batch) if lengths[row])
+    if not members:
+        raise ValueError("attention_mask is all 0: no token to compute; drop the call")
+    rows = real.flatten().nonzero()[:, 0]
+    held = torch.tensor(past if past is not None else [0] * batch, device=input_ids.device)
+    positions = (held[:, None] + real.cumsum(1) - 1).flatten()[rows]
+    if position_ids is not None and past is None:
+        given = position_ids.expand(batch, length).flatten()[rows]
+        step = given.diff() - positions.diff()
+        border = positions[1:] == 0
+        if bool((step[~border] != 0).any()):
+            raise ValueError(
+                "position_ids restart inside an attention_mask run: borders given in both forms; "
+                "drop the attention_mask of a packed call"
+            )
+    packed = Packed(
+        input_ids.flatten()[rows], positions, tuple(lengths[row] for row in members)
+    )
+    return Door(packed, (batch, length), None if len(rows) == real.numel() else rows, members)
+
+
+def _from_positions(input_ids: Tensor, position_ids: Tensor) -> Door:
+    batch, length = input_ids.shape
+    position_ids = position_ids.expand(batch, length)
+    follows = torch.zeros_like(position_ids, dtype=torch.bool)
+    follows[:, 1:] = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    begins = (~follows).flatten()
+    # a row may start anywhere (rotary positions are relative), a later border only at 0
+    inner = begins.view(batch, length)[:, 1:] & (position_ids[:, 1:] != 0)
+    if bool(inner.any()):
+        row, column = inner.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids[{row}, {column + 1}] = {int(position_ids[row, column + 1])} neither "
+            f"follows {int(position_ids[row, column])} nor restarts at 0; a document of a packed "
+            "call starts at position 0"
+        )
+    starts = begins.nonzero()[:, 0].tolist()
+    lengths = tuple(
+        after - start for start, after in zip(starts, [*starts[1:], batch * length], strict=True)
+    )
+    packed = Packed(input_ids.flatten(), position_ids.flatten(), lengths)
+    return Door(packed, (batch, length), None, ())
+
+
+def _from_borders(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor,
+    past: Sequence[int] | None,
+) -> Door:
+    total = input_ids.numel()
+    borders = cu_seqlens.tolist()
+    if past is not None:
+        raise ValueError("cu_seq_lens_q with a cache: continue a cache by rows, not packed")
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError("cu_seq_lens_q with a padded attention_mask: give one of the two")
+    if len(borders) < 2 or borders[0] != 0 or borders[-1] != total:
+        raise ValueError(
+            f"cu_seq_lens_q runs from {borders[0] if borders else 'nothing'} to "
+            f"{borders[-1] if borders else 'nothing'}, expected from 0 to {total} tokens"
+        )
+    pairs = list(zip(borders, borders[1:], strict=False))
+    lengths = tuple(after - before for before, after in pairs if after != before)
+    if any(after < before for before, after in pairs):
+        raise ValueError(f"cu_seq_lens_q = {borders} must not fall")
+    own = torch.cat([torch.arange(n) for n in lengths]).to(input_ids.device)
+    if position_ids is not None and not torch.equal(position_ids.flatten(), own):
+        raise ValueError(
+            "position_ids do not restart at 0 at the borders of cu_seq_lens_q: the two disagree "
+            "about where documents begin"
+        )
+    return Door(Packed(input_ids.flatten(), own, lengths), tuple(input_ids.shape), None, ())

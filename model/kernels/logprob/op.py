@@ -1,0 +1,114 @@
+"""Log-probability of given tokens from hidden states, without keeping [T, V] logits for backward.
+
+    logprob_t = z_{t, target} - log sum_v exp(z_{t, v}),   z = hidden W^T / temperature
+
+Backward computes each piece of logits again: dz = (1[v = target] - p_v) * grad.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Tokens whose logits exist at once; 2048 x 200,064 fp32 is 1.6 GB.
+_PIECE = 2048
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    head_fp32: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Natural log-probability of each target and the entropy of each distribution.
+
+    Args:
+        hidden: [T, C]; weight: [V, C], the LM head.
+        targets: [T] int64.
+        temperature: > 0, divides the logits.
+        head_fp32: multiply in fp32 whatever the dtypes.
+
+    Returns: logprobs [T] with gradients to hidden and weight, and entropies [T] in nats without
+        gradient; both fp32 (fp64 stays).
+
+    Raises:
+        ValueError: if shapes do not fit or the temperature is not positive.
+
+    Example:
+        >>> token_logprobs(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([3]))[0].exp().item()
+        0.25
+    """
+    if targets.shape != hidden.shape[:1] or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets "
+            f"{tuple(targets.shape)}: expected [T, C], [V, C], [T]"
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature = {temperature}, expected > 0")
+    return _TokenLogprobs.apply(hidden, weight, targets, temperature, head_fp32)
+
+
+def head_logits(hidden: Tensor, weight: Tensor, *, head_fp32: bool = False) -> Tensor:
+    """[.., C] x [V, C] -> [.., V] fp32 (fp64 stays)."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if head_fp32:
+            return F.linear(hidden.to(wide), weight.to(wide))
+        return F.linear(hidden.to(weight.dtype), weight).to(wide)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        head_fp32: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropies, normalisers = [], [], []
+        for rows, target in zip(hidden.split(_PIECE), targets.split(_PIECE), strict=True):
+            logits = head_logits(rows, weight, head_fp32=head_fp32).div_(temperature)
+            normaliser = logits.logsumexp(-1)
+            logprobs.append(logits.gather(1, target[:, None])[:, 0] - normaliser)
+            probability = (logits - normaliser[:, None]).exp_()
+            entropies.append(normaliser - probability.mul_(logits).sum(-1))
+            normalisers.append(normaliser)
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
+        ctx.temperature, ctx.head_fp32 = temperature, head_fp32
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, normalisers = ctx.saved_tensors
+        temperature, head_fp32 = ctx.temperature, ctx.head_fp32
+        wide = grad.dtype
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # fp32: the sum over pieces would lose small terms in bf16
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        for start in range(0, hidden.shape[0], _PIECE):
+            piece = slice(start, start + _PIECE)
+            rows = hidden[piece]
+            logits = head_logits(rows, weight, head_fp32=head_fp32).div_(temperature)
+            slope = logits.sub_(normalisers[piece, None]).exp_().neg_()
+            slope.scatter_add_(
+                1, targets[piece, None], torch.ones_like(slope[:, :1])
+            )
+            slope.mul_(grad[piece, None] / temperature)
+            back = wide if head_fp32 else weight.dtype
+            slope = slope.to(back)
+            if grad_hidden is not None:
+                grad_hidden[piece] = (slope @ weight.to(back)).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += (slope.t() @ rows.to(back)).to(wide)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None

@@ -1,0 +1,77 @@
+"""The lightning layer: SiLU on a per-head interleaved qkv, decayed linear attention, norm, gate."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.cache import CacheStep
+from model.config import HybridConfig
+from model.kernels.lightning.op import lightning_attention
+from model.norm import RMSNorm
+from model.packed import Packed
+
+Core = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@functools.lru_cache(maxsize=1024)
+def decay_slopes(heads: int, layer: int, num_layers: int, device: torch.device) -> Tensor:
+    """[H] fp32: slope of head h = 1..H is 2^(-8h/H) * (1 - l/(L-1) + 1e-5).
+
+    Derived when asked for and never part of a module, so that no cast of the model to bf16 and no
+    checkpoint can change it.
+
+    Example:
+        >>> decay_slopes(8, 0, 80, torch.device("cpu"))[:2].tolist()
+        [0.500005006790161, 0.25000250339508057]
+    """
+    # a tensor first made in inference mode could never be saved for a later backward
+    with torch.inference_mode(False):
+        head = torch.arange(1, heads + 1, dtype=torch.float64)
+        factor = 1 - layer / max(num_layers - 1, 1) + 1e-5
+        return (2.0 ** (-8 * head / heads) * factor).to(device=device, dtype=torch.float32)
+
+
+class LightningAttention(nn.Module):
+    """One lightning attention layer over packed tokens.
+
+    Honours: packing (the state restarts at each sequence), cache.
+
+    Source: MiniMax-01 report, section 2.2; layout of qkv as in the released code: per head
+    [q | k | v], split after the view.
+    """
+
+    def __init__(self, config: HybridConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_layers = config.num_hidden_layers
+        self.heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        width = self.heads * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.output_gate = nn.Linear(config.hidden_size, width, bias=False)
+        self.norm = RMSNorm(width, config.lightning_norm_eps)
+        self.core: Core = lightning_attention
+
+    def forward(self, x: Tensor, packed: Packed, cache: CacheStep | None = None) -> Tensor:
+        """[T, C] -> [T, C]."""
+        qkv = F.silu(self.qkv_proj(x)).view(-1, self.heads, 3 * self.head_dim)
+        q, k, v = qkv.split(self.head_dim, dim=-1)
+        out = self._attend(q, k, v, packed.lengths, cache)
+        return self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(out.flatten(1)))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], cache: CacheStep | None
+    ) -> Tensor:
+        slopes = decay_slopes(self.heads, self.layer, self.num_layers, q.device)
+        if cache is None:
+            return self.core(q, k, v, slopes, lengths)[0]
+        state = cache.state(self.layer)
+        out, final = self.core(q, k, v, slopes, lengths, initial_state=state, with_final=True)
+        cache.put_state(self.layer, final)
+        return out

@@ -1,0 +1,156 @@
+"""Mixture of experts: router, experts, and the losses and metrics of their load.
+
+    h_t = sum_{i in TopK(x_t W_g)} p_i / (sum of the chosen p) * FFN_i(x_t),  p = softmax(x_t W_g)
+
+Source: MiniMax-01 report, eq. 1 and section 2.1 (token-drop dispatch, auxiliary loss).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import HybridConfig
+from model.kernels.experts.op import expert_layer
+
+
+class Router(nn.Module):
+    """Logits of every expert for every token, in fp32 whatever the dtype of the model."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, C] -> [T, E] fp32 (fp64 stays)."""
+        # fp32, out of autocast: two experts a hair apart must not swap places by rounding
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(wide), self.weight.to(wide))
+
+
+class Experts(nn.Module):
+    """The experts' weights, stacked as transformers stacks them."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        experts, size, inner = (
+            config.num_local_experts,
+            config.hidden_size,
+            config.intermediate_size,
+        )
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, size))
+        self.down_proj = nn.Parameter(torch.empty(experts, size, inner))
+        self.core: Callable[..., Tensor] = expert_layer
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """[T, C], [T, K], [T, K] -> [T, C]."""
+        return self.core(x, self.gate_up_proj, self.down_proj, chosen, weights)
+
+
+class MoE(nn.Module):
+    """Top-k routing to SwiGLU experts; drops tokens over capacity in training, if asked."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.capacity_factor = config.expert_capacity_factor
+        self.gate = Router(config)
+        self.experts = Experts(config)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, C] -> output [T, C] and router logits [T, E] fp32."""
+        logits = self.gate(x)
+        weights, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        if self.training and self.capacity_factor > 0:
+            chosen = drop_over_capacity(chosen, logits.shape[-1], self.capacity_factor)
+        return self.experts(x, chosen, weights), logits
+
+
+def drop_over_capacity(chosen: Tensor, num_experts: int, factor: float) -> Tensor:
+    """Marks with E the places beyond an expert's capacity, first come first served.
+
+    Args:
+        chosen: [T, K] int64.
+        factor: capacity is ceil(factor * T * K / E) tokens an expert.
+
+    Example:
+        >>> drop_over_capacity(torch.tensor([[0], [0], [0], [1]]), 2, 1.0).flatten().tolist()
+        [0, 0, 2, 1]
+    """
+    capacity = math.ceil(factor * chosen.numel() / num_experts)
+    flat = chosen.flatten()
+    place = F.one_hot(flat, num_experts).cumsum(0).gather(1, flat[:, None])[:, 0]
+    return flat.masked_fill(place > capacity, num_experts).view_as(chosen)
+
+
+def balance_loss(router_logits: Sequence[Tensor], top_k: int, scaling: str = "switch") -> Tensor:
+    """Auxiliary loss that grows as the load of the experts grows uneven.
+
+    f_i is the share of tokens that chose expert i (sum of f is K), P_i its mean probability.
+
+    Args:
+        router_logits: one [T, E] a layer.
+        scaling: `switch`: E * sum f_i P_i over all layers' tokens together, as transformers
+            computes it: K at balance. `paper`: (1/E) * sum (f_i / K) P_i, averaged over layers:
+            1/E^2 at balance.
+
+    Source: MiniMax-01 report, section 2.1; PAPER notes the factor between the two forms.
+    """
+    loads, probabilities = [], []
+    for logits in router_logits:
+        probability = logits.softmax(-1)
+        loads.append(_load(probability, top_k))
+        probabilities.append(probability.mean(0))
+    load, probability = torch.stack(loads), torch.stack(probabilities)
+    experts = load.shape[-1]
+    if scaling == "paper":
+        return (load / top_k * probability).sum(-1).mean() / experts
+    return experts * (load.mean(0) * probability.mean(0)).sum()
+
+
+def _load(probability: Tensor, top_k: int) -> Tensor:
+    """[T, E] -> [E]: share of tokens that chose each expert."""
+    chosen = probability.topk(top_k, dim=-1).indices.flatten()
+    counts = torch.bincount(chosen, minlength=probability.shape[-1])
+    return counts.to(probability.dtype) / probability.shape[0]
+
+
+def router_z_loss(router_logits: Sequence[Tensor]) -> Tensor:
+    """Mean over layers and tokens of (log-sum-exp of the router's logits)^2 (ST-MoE, eq. 5)."""
+    return torch.stack([x.logsumexp(-1).square().mean() for x in router_logits]).mean()
+
+
+class RouterLoad(NamedTuple):
+    """How evenly the experts were used.
+
+    Args:
+        share: [layers, E] share of the assignments, sum 1 a layer.
+        worst: largest share times E over all layers: 1 is even, E / K is collapsed.
+        dropped: share of assignments over capacity; 0 without a capacity.
+    """
+
+    share: Tensor
+    worst: Tensor
+    dropped: Tensor
+
+
+@torch.no_grad()
+def router_load(
+    router_logits: Sequence[Tensor], top_k: int, capacity_factor: float = 0.0
+) -> RouterLoad:
+    """Load metrics of one forward, from its router logits ([T, E] a layer)."""
+    share = torch.stack([_load(x.softmax(-1), top_k) / top_k for x in router_logits])
+    experts = share.shape[-1]
+    dropped = torch.zeros(())
+    if capacity_factor > 0:
+        limit = math.ceil(capacity_factor * router_logits[0].shape[0] * top_k / experts)
+        counts = share * router_logits[0].shape[0] * top_k
+        dropped = (counts - limit).clamp(min=0).sum() / counts.sum()
+    return RouterLoad(share, share.max() * experts, dropped)

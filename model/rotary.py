@@ -1,0 +1,38 @@
+"""Rotary positions for softmax layers; the report rotates half of each head (`rotary_dim`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_angles(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every token's angles.
+
+    Args:
+        positions: [T] int64.
+        rotary_dim: dimensions that are rotated, even.
+        base: theta; angle i turns by base^(-2i / rotary_dim) a token.
+
+    Returns: cos and sin, each [T, 1, rotary_dim] fp32, the halves repeated (rotate-half form).
+    """
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device)
+    frequency = 1.0 / (base ** (exponent / rotary_dim))
+    # fp32: a bf16 angle would be off by radians beyond a few hundred tokens
+    angle = positions.float()[:, None] * frequency[None, :]
+    angle = torch.cat((angle, angle), dim=-1)[:, None, :]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the leading `rotary_dim` dimensions of each head; the rest pass.
+
+    Args:
+        x: [T, heads, D].
+        cos, sin: [T, 1, rotary_dim] in any dtype; used in the dtype of x.
+    """
+    size = cos.shape[-1]
+    turning, passing = x[..., :size], x[..., size:]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    return turned if size == x.shape[-1] else torch.cat((turned, passing), dim=-1)
