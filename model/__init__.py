@@ -12,12 +12,21 @@ Auto classes: `AutoModelForCausalLM.from_pretrained(folder)` then gives `HybridF
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 from model.cache import DecodeCache
 from model.config import HybridConfig, preset
 from model.hybrid import HybridForCausalLM, HybridModel, PackedOutput
 from model.packed import Packed
 
+# transformers translates between the names on disk (an expert a tensor) and in memory (stacked) only
+# for its own classes, unless the mapping is registered by hand
+register_checkpoint_conversion_mapping(
+    "minimax", get_checkpoint_conversion_mapping("minimax"), overwrite=True
+)
 AutoConfig.register("minimax", HybridConfig, exist_ok=True)
 AutoModel.register(HybridConfig, HybridModel, exist_ok=True)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
