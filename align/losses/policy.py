@@ -50,7 +50,7 @@ class PolicyLossConfig(BaseModel):
     ratio_cap: float = Field(default=0.0, ge=0)
     """Largest ratio in the unclipped term (TRL's delta); 0 caps nothing."""
     drop_ratio: float = Field(default=0.0, ge=0)
-    """Tokens with A < 0 and a larger ratio leave the loss, the report's extra clip; 0 drops none."""
+    """Tokens with A < 0 and a larger ratio leave the loss, the report's extra clip; 0: none."""
     is_max: float = Field(default=5.0, gt=0)
     """CISPO's largest importance weight, absolute (1 is on-policy)."""
     beta: float = Field(default=0.0, ge=0)

@@ -1,0 +1,174 @@
+"""Numbers of a run: summed over microbatches and processes, then one line each in metrics.jsonl.
+
+The file is append-only and has one continuous token axis: a resumed run first cuts off the lines
+written after the step it resumes from, because those steps are made again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from accelerate.tracking import (
+    GeneralTracker,
+    TensorBoardTracker,
+    TrackioTracker,
+    WandBTracker,
+)
+from accelerate.utils import gather_object
+
+from align.losses.types import Loss
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+class Meter:
+    """Sums of what the losses measured since the last line.
+
+    Example:
+        >>> meter = Meter()
+        >>> meter.add_value("reward", 1.0)
+        >>> meter.add_value("reward", 0.0)
+        >>> meter.means(Accelerator(cpu=True))
+        {'reward': 0.5}
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[float, float]] = {}
+        self.maxima: dict[str, float] = {}
+        # Tensors wait on their device until a line is due: reading one is a wait for the device.
+        self.pending: list[Loss] = []
+
+    def add(self, loss: Loss) -> None:
+        """Adds one microbatch's metrics and maxima."""
+        self.pending.append(Loss(sum=loss.sum.detach(), metrics=loss.metrics, maxima=loss.maxima))
+
+    def add_value(self, name: str, value: float) -> None:
+        """Adds one number that counts once."""
+        self._add(name, value, 1.0)
+
+    def _add(self, name: str, total: float, count: float) -> None:
+        old_total, old_count = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (old_total + total, old_count + count)
+
+    def _settle(self) -> None:
+        for loss in self.pending:
+            for name, (total, count) in loss.metrics.items():
+                self._add(name, float(total), float(count))
+            for name, value in loss.maxima.items():
+                self.maxima[name] = max(self.maxima.get(name, -math.inf), float(value))
+        self.pending = []
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean and maximum of each name over all processes; a name nobody counted is absent."""
+        self._settle()
+        mine = [(self.sums, self.maxima)]
+        shares = gather_object(mine) if accelerator.num_processes > 1 else mine
+        together = Meter()
+        for sums, maxima in shares:
+            for name, (total, count) in sums.items():
+                together._add(name, total, count)
+            for name, value in maxima.items():
+                together.maxima[name] = max(together.maxima.get(name, -math.inf), value)
+        means = {name: total / count for name, (total, count) in together.sums.items() if count}
+        return means | together.maxima
+
+    def state_dict(self) -> dict[str, Any]:
+        self._settle()
+        return {"sums": dict(self.sums), "maxima": dict(self.maxima)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
+        self.maxima = dict(state["maxima"])
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drops the lines of steps after `step`, and a last line torn by a crash.
+
+    Raises:
+        ValueError: if a line before the last is not a JSON object with a step.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            line_step = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f'{path}:{number}: no line of metrics ({line[:60]!r}), expected {{"step": ...}}; '
+                "move the file aside to start a new one"
+            ) from error
+        if line_step <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _tracker(name: Tracker, run_name: str, folder: Path) -> GeneralTracker:
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(f"report_to: {name} is not installed; pip install {name} or leave it out")
+    makers = {
+        "tensorboard": lambda: TensorBoardTracker(run_name, folder / "tensorboard"),
+        "wandb": lambda: WandBTracker(run_name),
+        "trackio": lambda: TrackioTracker(run_name),
+    }
+    return makers[name]()
+
+
+class MetricsWriter:
+    """Appends lines to folder/metrics.jsonl and feeds trackers; only the main process writes.
+
+    Args:
+        folder: of the stage.
+        resumed_step: lines of later steps are cut off.
+        report_to: trackers to feed besides.
+
+    Raises:
+        ValueError: if a tracker is not installed or the old file is broken.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        accelerator: Accelerator,
+        run_name: str,
+        resumed_step: int = 0,
+        report_to: Sequence[Tracker] = (),
+    ) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.is_main = accelerator.is_main_process
+        self.trackers = [_tracker(name, run_name, folder) for name in report_to]
+        if self.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            cut_after(self.path, resumed_step)
+        for tracker in self.trackers:
+            tracker.start()
+
+    def write(self, values: Mapping[str, float]) -> None:
+        """One line; `values` holds at least step and tokens.
+
+        A value that is not finite is written as null, which every JSON reader takes.
+        """
+        if not self.is_main:
+            return
+        clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean) + "\n")
+        for tracker in self.trackers:
+            tracker.log(dict(values), step=int(values["step"]))
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
