@@ -70,7 +70,8 @@ class PackedData:
         ):
             if value < least:
                 raise ValueError(f"{name} = {value}, expected >= {least}")
-        for item, length in zip(self.items, self.lengths, strict=True):
+        items: Sequence[Example | Pair] = self.items
+        for item, length in zip(items, self.lengths, strict=True):
             if length > self.sequence_tokens:
                 raise ValueError(
                     f"{_place(item)}: {length} tokens, longer than sequence_tokens = "
