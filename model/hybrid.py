@@ -261,6 +261,17 @@ def _flat_router_logits(door: Door, out: Hidden) -> tuple[Tensor, ...]:
     return tuple(door.repad(logits).flatten(0, 1) for logits in out.router_logits)
 
 
+def router_losses(config: HybridConfig, router_logits: Sequence[Tensor]) -> Tensor | None:
+    """The router's losses with their coefficients, a mean over tokens; None if all are 0."""
+    losses = []
+    if config.router_aux_loss_coef:
+        balance = balance_loss(router_logits, config.num_experts_per_tok, config.router_aux_scaling)
+        losses.append(config.router_aux_loss_coef * balance)
+    if config.router_z_loss_coef:
+        losses.append(config.router_z_loss_coef * router_z_loss(router_logits))
+    return sum(losses[1:], losses[0]) if losses else None
+
+
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     """The language model: trunk and LM head.
 
@@ -385,18 +396,6 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             logprobs=logprobs,
             entropy=entropy if with_entropy else None,
             hidden=hidden,
-            aux_loss=self._router_losses(router_logits),
+            aux_loss=router_losses(self.config, router_logits),
             router_logits=router_logits,
         )
-
-    def _router_losses(self, router_logits: Sequence[Tensor]) -> Tensor | None:
-        config = self.config
-        losses = []
-        if config.router_aux_loss_coef:
-            balance = balance_loss(
-                router_logits, config.num_experts_per_tok, config.router_aux_scaling
-            )
-            losses.append(config.router_aux_loss_coef * balance)
-        if config.router_z_loss_coef:
-            losses.append(config.router_z_loss_coef * router_z_loss(router_logits))
-        return sum(losses[1:], losses[0]) if losses else None
