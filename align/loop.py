@@ -183,7 +183,7 @@ def _update(run: _Run, step: Step, index: int) -> dict[str, float]:
         sum(batch.packed.num_tokens for batch in own),
         sum(int((batch.weights != 0).sum()) for batch in own),
     )
-    lr = run.trained.scheduler.get_last_lr()[0]
+    lr = float(run.trained.scheduler.get_last_lr()[0])
     if not batches:
         # A sampling course may find nothing worth learning in a step; time goes on, weights stay.
         run.trained.scheduler.step()
@@ -195,14 +195,14 @@ def _update(run: _Run, step: Step, index: int) -> dict[str, float]:
     sums = run.reduced(torch.stack(shares).sum(0).double())
     clip = run.config.optim.clip_norm or float("inf")
     norm = float(run.accelerator.clip_grad_norm_(run.model.parameters(), clip))
-    loss, aux = (float(value) for value in sums)
+    loss, aux = float(sums[0]), float(sums[1])
     _check_finite(run, index, own=own, shares=shares, loss=loss + aux, norm=norm)
     run.trained.optimizer.step()
     run.trained.optimizer.zero_grad(set_to_none=True)
     run.trained.scheduler.step()
     run.tokens += tokens
     run.trained_tokens += trained_tokens
-    measured = {"loss": loss, "grad_norm": norm, "lr": lr}
+    measured: dict[str, float] = {"loss": loss, "grad_norm": norm, "lr": lr}
     return measured | ({"aux_loss": aux} if aux else {})
 
 
