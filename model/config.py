@@ -14,6 +14,10 @@ LayerKind = Literal["linear_attention", "full_attention", "sliding_attention"]
 LAYER_KINDS = ("linear_attention", "full_attention", "sliding_attention")
 
 
+# our class -> the public class whose checkpoints it reads and writes
+_PUBLIC_CLASSES = {"HybridForCausalLM": "MiniMaxForCausalLM", "HybridModel": "MiniMaxModel"}
+
+
 class HybridConfig(MiniMaxConfig):
     """Shape and constants of a hybrid lightning/softmax/MoE model.
 
@@ -116,6 +120,13 @@ class HybridConfig(MiniMaxConfig):
         for key, value, good, expected in rules:
             if not good:
                 raise ValueError(f"config.json: {key} = {value}, expected {expected}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """config.json as other programs know it: `architectures` names the public classes."""
+        values = super().to_dict()
+        if names := values.get("architectures"):
+            values["architectures"] = [_PUBLIC_CLASSES.get(name, name) for name in names]
+        return values
 
     def window(self, layer: int) -> int | None:
         """Tokens that softmax layer `layer` sees, itself included; None sees all.
