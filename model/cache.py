@@ -6,6 +6,7 @@ lie in pages of `page_tokens`, which a fork shares with its source until one of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ class DecodeCache(Cache):
         return slot
 
     def fork(self, slot: int) -> int:
-        """A new slot with the same past: states copied, pages shared until one of the two writes."""
+        """A new slot with the same past: states copied, pages shared until one of them writes."""
         new = self.allocate()
         self.states[:, new] = self.states[:, slot]
         self.lengths[new] = self.lengths[slot]
@@ -133,16 +134,14 @@ class DecodeCache(Cache):
                 "no slot twice"
             )
         past = [self.lengths[slot] for slot in slots]
+        self._check_room(slots, lengths)
         for slot, length in zip(slots, lengths, strict=True):
             self._reserve(slot, length)
         size = self.page_tokens
         most = max(len(self.tables[slot]) for slot in slots)
         table = torch.tensor([self._row(slot, most) for slot in slots])
         places = torch.cat(
-            [
-                torch.arange(held, held + length)
-                for held, length in zip(past, lengths, strict=True)
-            ]
+            [torch.arange(held, held + length) for held, length in zip(past, lengths, strict=True)]
         )
         owner = torch.repeat_interleave(torch.arange(len(slots)), torch.tensor(lengths))
         rows = table[owner, places // size] * size + places % size
@@ -158,6 +157,19 @@ class DecodeCache(Cache):
             is_fresh=not any(past),
         )
 
+    def _check_room(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        """Refused as a whole and before anything moves, so that the caller may try fewer slots."""
+        wanted = sum(self.pages_needed(s, n) for s, n in zip(slots, lengths, strict=True))
+        tails = Counter(self.tables[s][-1] for s in slots if self.lengths[s] % self.page_tokens)
+        # where every holder of a shared page writes, the last of them needs no copy
+        wanted -= sum(1 < n == self.users[page] for page, n in tails.items())
+        if wanted > len(self.free_pages) and not self.grows:
+            raise RuntimeError(
+                f"{sum(lengths)} new tokens in slots {tuple(slots)} need {wanted} pages of "
+                f"{self.page_tokens} tokens, {len(self.free_pages)} of {len(self.users)} are free; "
+                "make num_pages larger or run fewer sequences at once"
+            )
+
     def _row(self, slot: int, most: int) -> list[int]:
         table = self.tables[slot]
         return table + table[-1:] * (most - len(table))
@@ -166,22 +178,16 @@ class DecodeCache(Cache):
         table, held = self.tables[slot], self.lengths[slot]
         if held % self.page_tokens and self.users[table[-1]] > 1:
             # the last page is shared and would be written: take a copy of it first
-            page = self._take(slot)
+            page = self._take()
             self.pages[:, :, page] = self.pages[:, :, table[-1]]
             self._release(table[-1])
             table[-1] = page
         while len(table) * self.page_tokens < held + new_tokens:
-            table.append(self._take(slot))
+            table.append(self._take())
 
-    def _take(self, slot: int) -> int:
-        if not self.free_pages and self.grows:
-            self._grow()
+    def _take(self) -> int:
         if not self.free_pages:
-            raise RuntimeError(
-                f"no free page of {len(self.users)} pages x {self.page_tokens} tokens for slot "
-                f"{slot} at {self.lengths[slot]} tokens; make num_pages larger or run fewer "
-                "sequences at once"
-            )
+            self._grow()
         page = self.free_pages.pop()
         self.users[page] = 1
         return page

@@ -100,9 +100,7 @@ class _TokenLogprobs(torch.autograd.Function):
             rows = hidden[piece]
             logits = head_logits(rows, weight, head_fp32=head_fp32).div_(temperature)
             slope = logits.sub_(normalisers[piece, None]).exp_().neg_()
-            slope.scatter_add_(
-                1, targets[piece, None], torch.ones_like(slope[:, :1])
-            )
+            slope.scatter_add_(1, targets[piece, None], torch.ones_like(slope[:, :1]))
             slope.mul_(grad[piece, None] / temperature)
             back = wide if head_fp32 else weight.dtype
             slope = slope.to(back)
