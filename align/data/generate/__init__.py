@@ -1,4 +1,4 @@
-"""Procedural tasks with exact answers and a difficulty dial: the data that ships with the project."""
+"""Procedural tasks with exact answers and a difficulty dial: the data that ships with us."""
 
 from align.data.generate.problem import WAYS, Problem, Task
 from align.data.generate.tasks import TASKS

@@ -66,7 +66,7 @@ class Problem:
     difficulty: float = 0.5
     wrong: Mapping[str, str] = field(default_factory=dict)
     task: str = ""
-    origin: Origin = Origin("")
+    origin: Origin = field(default_factory=lambda: Origin(""))
 
     @property
     def prompt(self) -> tuple[Message, ...]:
