@@ -35,12 +35,16 @@ class RewardOutput:
 
     Args:
         values: [S, N] fp32, each sequence's value under each head; any real number.
+        overall: [S] fp32, the heads' gate-weighted total: the hierarchy's weights on raw values
+            instead of their sigmoids, so that pairs labelled with nothing finer can be learned
+            without saturation. Floors and ceilings are the score's, not its.
         gate: [S, M] fp32, weights of the hierarchy's M dimensions, sum 1; None without prompt
             lengths or without a learned gate.
         aux_loss: the router's losses, a mean over the T tokens; None if every coefficient is 0.
     """
 
     values: Tensor
+    overall: Tensor
     gate: Tensor | None
     aux_loss: Tensor | None
 
@@ -68,6 +72,8 @@ class RewardModel(nn.Module):
         hierarchy: its heads become rows of one linear layer, its dimensions those of the gate.
         seed: of the heads' first values; the random state outside is left as it was.
 
+    Raises: ValueError if the hierarchy declares no head.
+
     Example:
         >>> from model import preset
         >>> from reward.hierarchy import HIERARCHY
@@ -82,23 +88,25 @@ class RewardModel(nn.Module):
         self.hierarchy = hierarchy
         self.signals = hierarchy.heads
         width, device = trunk.config.hidden_size, trunk.embed_tokens.weight.device
+        if not self.signals:
+            raise ValueError(
+                f"hierarchy {hierarchy.name!r} declares no head, so there is nothing to train; "
+                "set head: true on a signal"
+            )
+        weights = torch.tensor([d.weight for d in hierarchy.dimensions.values()])
         # fp32 whatever the trunk's dtype: differences of scores are smaller than bf16 resolves.
-        # No bias: Bradley-Terry compares scores, so a common shift would never be trained.
-        self.values = nn.Linear(width, len(self.signals), bias=False, dtype=torch.float32)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            self.values.weight.normal_(std=(width + 1) ** -0.5, generator=generator)
-        self.gate: nn.Linear | None = None
-        if hierarchy.gate == "learned":
-            weights = torch.tensor([d.weight for d in hierarchy.dimensions.values()])
-            self.gate = nn.Linear(width, len(weights), dtype=torch.float32)
-            # Starts as the declared gate, whatever the prompt.
-            with torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            # No bias: Bradley-Terry compares scores, so a common shift would never be trained.
+            self.values = nn.Linear(width, len(self.signals), bias=False, dtype=torch.float32)
+            self.values.weight.normal_(std=(width + 1) ** -0.5)
+            self.gate: nn.Linear | None = None
+            if hierarchy.gate == "learned":
+                # Starts as the declared gate, whatever the prompt.
+                self.gate = nn.Linear(width, len(weights), dtype=torch.float32)
                 self.gate.weight.zero_()
                 self.gate.bias.copy_((weights / weights.sum()).log())
-        self.values.to(device)
-        if self.gate is not None:
-            self.gate.to(device)
+        self.to(device)
 
     def forward(self, packed: Packed, prompt_lengths: Sequence[int] | None = None) -> RewardOutput:
         """Values of S sequences, each ending in the end-of-turn token of its response.
@@ -119,14 +127,11 @@ class RewardModel(nn.Module):
                 starts = [0, *ends[:-1]]
                 last = [s + p - 1 for s, p in zip(starts, prompt_lengths, strict=True)]
                 gate = self.gate(_rows(hidden, last)).softmax(-1)
-        return RewardOutput(values, gate, router_losses(self.trunk.config, router_logits))
+            overall = self._overall(values, gate)
+        aux_loss = router_losses(self.trunk.config, router_logits)
+        return RewardOutput(values, overall, gate, aux_loss)
 
-    def overall(self, output: RewardOutput) -> Tensor:
-        """[S] the gate-weighted total of the heads, for pairs labelled with nothing finer.
-
-        The hierarchy's own weights on raw values instead of their sigmoids: it ranks like the
-        score but does not saturate, so it can be trained. Dimensions without a head are left out.
-        """
+    def _overall(self, values: Tensor, gate: Tensor | None) -> Tensor:
         tree = self.hierarchy.dimensions
         columns, weights, dimension_of = [], [], []
         for place, dimension in enumerate(tree.values()):
@@ -135,13 +140,11 @@ class RewardModel(nn.Module):
                 columns.append(self.signals.index(name))
                 weights.append(weight / sum(heads.values()))
                 dimension_of.append(place)
-        values = output.values[:, columns] * output.values.new_tensor(weights)
-        if output.gate is None:
+        if gate is None:
             gate = values.new_tensor([[d.weight for d in tree.values()]]).expand(len(values), -1)
-        else:
-            gate = output.gate
         shares = gate[:, sorted(set(dimension_of))].sum(-1, keepdim=True)
-        return (values * gate[:, dimension_of] / shares).sum(-1)
+        shared = values[:, columns] * values.new_tensor(weights) * gate[:, dimension_of]
+        return (shared / shares).sum(-1)
 
     @property
     def version(self) -> str:
