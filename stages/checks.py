@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from align.data.files import local_files
 from model.config import PRESETS
 from stages.artifact import START
 from stages.board import needs_reward
 from stages.document import Document, Keys, nearest
-from stages.inputs import files_of, sources_of
+from stages.inputs import sources_of
 from stages.recipe import BASES, MODEL, Recipe, Stage
 
 RESERVED = (MODEL, START, "vars", "name", "seed", "evals", "stages")
@@ -51,11 +52,15 @@ def cross_check(recipe: Recipe, base: Path, *, with_files: bool = True) -> None:
     parts += [(("stages", stage.index), stage.config) for stage in recipe.stages]
     for keys, config in parts:
         for inner, source in sources_of(config, keys):
-            if with_files and source.path and not files_of(source, base):
-                raise document.error(
-                    (*inner, "path"),
-                    f"no such file under {base}; correct the path or set the variable in it",
-                )
+            if with_files and source.path:
+                _check_file(document, (*inner, "path"), source.path, base)
+
+
+def _check_file(document: Document, keys: Keys, path: str, base: Path) -> None:
+    try:
+        local_files(path, base)
+    except ValueError as error:
+        raise document.error(keys, str(error).partition(": ")[2]) from error
 
 
 def _check_names(recipe: Recipe) -> None:

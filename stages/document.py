@@ -8,6 +8,7 @@ and asks `Document.place` where a value came from.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Document:
             value = _child(value, key)
             is_named = isinstance(key, int) and isinstance(value, Mapping)
             parts.append(str(value["name"]) if is_named and "name" in value else str(key))
-        if len(parts) > 1 and parts[0] == "stages":
+        if len(parts) > 1 and parts[0] == "stages" and not parts[1].isdigit():
             parts = parts[1:]
         return ".".join(parts)
 
@@ -204,7 +205,7 @@ def _resolve(document: Document, dotted: str, item: str) -> Keys:
             if part not in names and not (part.isdigit() and int(part) < len(value)):
                 raise ConfigError(
                     f"--set {item}: '{part}' is no item of {'.'.join(parts[:depth])}; expected "
-                    f"an index below {len(value)} or a name; {nearest(part, names)}"
+                    f"an index below {len(value)} or a name; {nearest(part, filter(None, names))}"
                 )
             key = names.index(part) if part in names else int(part)
         elif not isinstance(value, dict):
@@ -279,5 +280,5 @@ def _names(items: Any) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value)
+    text = json.dumps(value) if isinstance(value, bool | None) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -78,10 +78,13 @@ def _advice(entry: ErrorDetails, written: Any, adapter: TypeAdapter) -> str:
     if kind == "literal_error":
         choices = str(context["expected"]).replace("'", "")
         return f"expected {choices}; {_offer(str(written), choices)}"
+    if kind == "string_pattern_mismatch":
+        return f"expected to match {context['pattern']}; change it"
+    if kind == "too_short":
+        return f"expected {context['min_length']} or more items; add what is missing"
     advice = message.replace("Input should be", "expected").replace(
-        "valid dictionary", "mapping of keys"
+        "an object", "a mapping of keys"
     )
-    advice = advice.removesuffix(" or an instance of ").split(" or an object")[0]
     quoted = isinstance(written, str) and _is_number(written)
     return f"{advice}; write it without quotes" if quoted else f"{advice}; change it"
 

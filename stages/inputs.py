@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align.data.sources import DataConfig
 from pydantic import BaseModel
 
+from align.data.files import local_files
+from align.data.sources import DataConfig
 from stages.artifact import MANIFEST, Manifest, file_digest, write_atomic
 from stages.document import Keys
 from stages.recipe import Stage
@@ -33,18 +34,6 @@ def sources_of(value: Any, keys: Keys = ()) -> list[tuple[Keys, DataConfig]]:
     if isinstance(value, tuple | list):
         return [s for i, inner in enumerate(value) for s in sources_of(inner, (*keys, i))]
     return []
-
-
-def files_of(source: DataConfig, base: Path) -> list[Path]:
-    """The local files that a source reads: one, a folder's, or a glob's; [] for other sources."""
-    if not source.path:
-        return []
-    path = base / source.path
-    if path.is_dir():
-        return sorted(inner for inner in path.rglob("*") if inner.is_file())
-    if path.is_file():
-        return [path]
-    return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
 
 class FileDigests:
@@ -69,7 +58,8 @@ class FileDigests:
 
     def of_config(self, config: Any, base: Path) -> dict[str, str]:
         """Digests of all local files that a config reads, by path from `base`."""
-        files = {file for _, source in sources_of(config) for file in files_of(source, base)}
+        paths = {source.path for _, source in sources_of(config) if source.path}
+        files = {file for path in paths for _, file in local_files(path, base)}
         return {os.path.relpath(file, base): self.of(file) for file in sorted(files)}
 
     def of_folder(self, folder: Path | None, base: Path) -> dict[str, str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from align.data.sources import read_rows
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from align.data.rows import ChatRow, PreferenceRow, Row, TextRow
+from align.data.sources import read_rows
 from align.data.tokenizer import train_tokenizer
 from align.policy import save_policy
 from model import HybridForCausalLM, preset

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from accelerate import Accelerator
-from align.data.sources import DataConfig
 from pydantic import BaseModel, ConfigDict, Field
 
 from align.course import Job, Outcome
+from align.data.sources import DataConfig
 from align.evals.types import EvalResult
 from stages.recipe import Kind, ModelConfig, Recipe, load_recipe
 from stages.runner import Ground

@@ -160,14 +160,14 @@ def test_a_broken_manifest_stops_the_run_with_the_remedy(recipe: Path):
     run(recipe)
     manifest = recipe.parent / "run/sft-long/artifact/manifest.json"
     manifest.write_text(manifest.read_text()[:-30])
-    with pytest.raises(RuntimeError, match="not a manifest .*; move the folder away and run"):
+    with pytest.raises(RuntimeError, match=r"not a manifest .*; move the folder away and run"):
         run(recipe)
 
 
 def test_until_stops_after_a_stage_and_an_unknown_name_is_refused(recipe: Path):
     report, _ = run(recipe, until="sft-long")
     assert list(statuses(report)) == ["sft-short", "sft-long"]
-    with pytest.raises(ValueError, match="no stage is named 'sft-lang'.*did you mean 'sft-long'"):
+    with pytest.raises(ValueError, match=r"no stage is named 'sft-lang'.*did you mean 'sft-long'"):
         run(recipe, until="sft-lang")
 
 
