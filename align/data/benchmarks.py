@@ -14,6 +14,7 @@ from align.data.records import (
     Record,
     Tie,
     assistant,
+    check_messages,
     instruction,
     preference,
     text_field,
@@ -103,6 +104,21 @@ def ifeval(record: Record, reading: Reading) -> list[Row]:
             verifier="constraints",
             arguments={"instruction_id_list": names, "kwargs": given},
             task="ifeval",
+        )
+    ]
+
+
+def mr_niah(record: Record, reading: Reading) -> list[Row]:
+    """A long conversation that ends by asking for an earlier answer, which is the reference."""
+    label = text_field(record, "label")
+    return [
+        PromptRow(
+            check_messages(record["messages"], answered=False),
+            reading.origin,
+            answer=label,
+            verifier="retrieval",
+            arguments={"answers": [label]},
+            task="mr_niah",
         )
     ]
 

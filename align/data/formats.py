@@ -20,6 +20,7 @@ from align.data.records import (
     Kind,
     Reading,
     Record,
+    WrongKind,
     assistant,
     check_messages,
     instruction,
@@ -78,6 +79,7 @@ def read_record(
     Raises:
         ValueError: saying what is wrong with the record, without the place.
         Tie: if it is a comparison that nobody won.
+        WrongKind: if the format gives no row of that kind.
 
     Example:
         >>> rows = read_record({"text": "Once."}, Origin("a.jsonl:1"))
@@ -97,7 +99,7 @@ def derive(row: Row, kind: str) -> Row:
     """The row as another kind: chat from preference, prompt from preference or chat.
 
     Raises:
-        ValueError: if that kind cannot be made of it.
+        WrongKind: if that kind cannot be made of it.
     """
     if isinstance(row, KINDS[kind]):
         return row
@@ -108,7 +110,9 @@ def derive(row: Row, kind: str) -> Row:
     if kind == "prompt" and isinstance(row, ChatRow):
         last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
         return PromptRow(row.messages[:last], row.origin, answer=row.messages[last]["content"])
-    raise ValueError(f"no {kind} row can be made of a {type(row).__name__}; use another format")
+    raise WrongKind(
+        f"no {kind} row can be made of a {type(row).__name__}; take another source or set `as`"
+    )
 
 
 def to_record(row: Row) -> dict[str, Any]:
@@ -166,9 +170,20 @@ def _text(record: Record, reading: Reading) -> list[Row]:
 
 
 def _chat(record: Record, reading: Reading) -> list[Row]:
+    """Messages; a prompt may also stop before the answer, which is then the field answer."""
     if record.get("label") is False:
         raise ValueError("label is false: a bad answer without a good one cannot be trained on")
-    return [ChatRow(check_messages(record["messages"], answered=True), reading.origin)]
+    messages = record["messages"]
+    if reading.kind == "prompt" and not _is_answered(messages):
+        return _prompt({**record, "prompt": messages}, reading)
+    return [ChatRow(check_messages(messages, answered=True), reading.origin)]
+
+
+def _is_answered(messages: object) -> bool:
+    """Whether the last message is the assistant's; broken ones are left to the checks."""
+    if not isinstance(messages, list) or not messages or not isinstance(messages[-1], Mapping):
+        return False
+    return messages[-1].get("role") == "assistant"
 
 
 def _share_gpt(record: Record, reading: Reading) -> list[Row]:
@@ -273,7 +288,8 @@ FORMATS: dict[str, Format] = {
         ("instruction", "chosen", "rejected"), ("preference",), _alpaca_preference
     ),
     "preference": Format(("chosen", "rejected"), ("preference",), _preference),
-    "chat": Format(("messages",), ("chat",), _chat),
+    "mr_niah": Format(("messages", "label", "length_class"), ("prompt",), benchmarks.mr_niah),
+    "chat": Format(("messages",), ("chat", "prompt"), _chat),
     "pandalm": Format(
         ("instruction", "response1", "response2", "annotator1"), ("preference",), benchmarks.pandalm
     ),

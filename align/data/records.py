@@ -26,6 +26,10 @@ class Tie(ValueError):
     """A comparison that nobody won: no preference, but not a fault of the data either."""
 
 
+class WrongKind(ValueError):
+    """A source that holds another kind of row than the stage takes: no row of it can be used."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """What an adapter is told beside the record: where it stands and which kind is wanted."""

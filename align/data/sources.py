@@ -18,7 +18,7 @@ from align.data.files import Raw, local_files, parse, read_file, read_hub
 from align.data.formats import FORMATS, read_record
 from align.data.generate import TASKS, WAYS, Problem
 from align.data.generate.problem import LICENCE
-from align.data.records import Kind, Tie
+from align.data.records import Kind, Tie, WrongKind
 from align.data.rows import ChatRow, Origin, Row, TextRow
 
 Split = Literal["all", "train", "dev"]
@@ -195,9 +195,10 @@ def read_source(
     rows = rows[: config.limit or None]
     report = tally.report(len(rows))
     if not rows:
+        first = f", first: {report.reasons[0]}" if report.reasons else ""
         raise ValueError(
             f"{report.place}: no row of split {config.split!r} is left ({tally.held_out} in the "
-            f"other split, {tally.skipped} skipped); check split, limit and the file"
+            f"other split, {tally.skipped} skipped{first}); check split, limit and the file"
         )
     return rows, report
 
@@ -251,6 +252,8 @@ class _Tally:
                 kind=kind,
                 signal=config.signal,
             )
+        except WrongKind as error:
+            raise WrongKind(f"{raw.place}: {error}") from error
         except Tie as error:
             self._skip(raw.place, error, config.ties, "ties")
         except ValueError as error:
