@@ -88,6 +88,32 @@ def open_door(
     return Door(packed, (batch, length), None, rows)
 
 
+def check_form(
+    packed: Packed | None,
+    *,
+    padded: Sequence[Tensor | None],
+    only_padded: Sequence[object | None],
+    only_packed: bool,
+) -> None:
+    """Refuses a call that mixes the packed and the padded form.
+
+    Raises:
+        ValueError: if both forms or none came, or an argument of the form that did not come.
+    """
+    if (packed is not None) + sum(x is not None for x in padded) != 1:
+        raise ValueError("give exactly one of packed, input_ids and inputs_embeds")
+    if packed is not None and any(x is not None for x in only_padded):
+        raise ValueError(
+            "attention_mask, position_ids, past_key_values, labels and cu_seq_lens_q belong to the "
+            "padded form; a packed call takes packed and targets"
+        )
+    if packed is None and only_packed:
+        raise ValueError(
+            "targets, temperature and with_entropy belong to packed calls; give labels instead, "
+            "or packed=Packed.from_sequences(...)"
+        )
+
+
 def check_hints(
     cu_seqlens: Tensor | None,
     position_ids: Tensor | None,

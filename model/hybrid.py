@@ -20,10 +20,10 @@ from transformers.utils import ModelOutput
 from model.attention import SoftmaxAttention
 from model.cache import CacheStep, DecodeCache
 from model.config import HybridConfig
-from model.door import check_hints, open_door, own_labels
+from model.door import check_form, check_hints, open_door, own_labels
 from model.kernels.logprob.op import head_logits, token_logprobs
 from model.lightning import LightningAttention
-from model.moe import Experts, MoE, Router, balance_loss, router_z_loss
+from model.moe import Experts, MoE, Router, balance_loss, router_losses
 from model.norm import RMSNorm
 from model.packed import Packed
 from model.rotary import rotary_angles
@@ -176,7 +176,7 @@ class HybridModel(HybridPreTrainedModel):
         Raises:
             ValueError: if a sequence does not start where its slot ends.
         """
-        step = None if cache is None else cache.begin(slots, packed.lengths)
+        step = None if cache is None else cache.begin(slots, packed)
         x = self.embed_tokens(packed.tokens) if embeddings is None else embeddings
         angles = rotary_angles(packed.positions, self.rotary_dim, self.rotary_base)
         router_logits = []
@@ -261,17 +261,6 @@ class HybridModel(HybridPreTrainedModel):
         return cache
 
 
-def router_losses(config: HybridConfig, router_logits: Sequence[Tensor]) -> Tensor | None:
-    """The router's losses with their coefficients, a mean over tokens; None if all are 0."""
-    losses = []
-    if config.router_aux_loss_coef:
-        balance = balance_loss(router_logits, config.num_experts_per_tok, config.router_aux_scaling)
-        losses.append(config.router_aux_loss_coef * balance)
-    if config.router_z_loss_coef:
-        losses.append(config.router_z_loss_coef * router_z_loss(router_logits))
-    return sum(losses[1:], losses[0]) if losses else None
-
-
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     """The language model: trunk and LM head.
 
@@ -334,8 +323,12 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
         Returns: logits [B, L, V] fp32, loss, aux_loss (unweighted), past_key_values.
         """
-        if (packed is None) != (input_ids is not None or inputs_embeds is not None):
-            raise ValueError("give exactly one of packed, input_ids and inputs_embeds")
+        check_form(
+            packed,
+            padded=(input_ids, inputs_embeds),
+            only_padded=(attention_mask, position_ids, past_key_values, labels, cu_seq_lens_q),
+            only_packed=targets is not None or temperature != 1.0 or with_entropy,
+        )
         if packed is not None:
             return self._forward_packed(packed, targets, temperature, with_entropy)
         wanted = self.config.output_router_logits

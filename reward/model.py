@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import HybridModel, Packed
-from model.hybrid import router_losses
+from model.moe import router_losses
 from reward.hierarchy import Hierarchy
 
 HEADS_FILE = "heads.safetensors"

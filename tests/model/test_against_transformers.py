@@ -55,8 +55,8 @@ def shared_config(layers: int = 8, dim: int = 32, group: int = 4) -> dict[str, o
         "mlp_beta_factor": 0.8,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "rms_norm_eps": 1e-5,
-        # Weights large enough that every branch of every layer matters.
-        "initializer_range": 0.15,
+        # Beyond 0.05 both models lie further than 1e-5 from their own fp64 result at 16 layers.
+        "initializer_range": 0.05,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,

@@ -66,5 +66,5 @@ def test_wrong_arguments_are_refused():
     hidden, weight = torch.zeros(3, 4), torch.zeros(5, 4)
     with pytest.raises(ValueError, match=r"expected \[T, C\], \[V, C\], \[T\]"):
         token_logprobs(hidden, weight, torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="temperature = 0.0, expected > 0"):
+    with pytest.raises(ValueError, match=r"temperature = 0\.0, expected > 0"):
         token_logprobs(hidden, weight, torch.tensor([0, 1, 2]), temperature=0.0)
