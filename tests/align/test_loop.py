@@ -196,7 +196,7 @@ def test_step_without_batches_changes_no_weight(tmp_path: Path) -> None:
     model = small.model()
     before = weights(model)
     last = train(Empty(data()), model, config=TrainConfig(), job=small.job(tmp_path))
-    assert last["empty_steps"] == 1.0
+    assert last["is_empty"] == 1.0
     for name, weight in weights(model).items():
         assert torch.equal(weight, before[name]), name
 
@@ -206,7 +206,7 @@ def test_count_of_zero_is_refused(tmp_path: Path) -> None:
         def count(self, batch: Batch) -> float:
             return 0.0
 
-    with pytest.raises(RuntimeError, match="step 1: count of trained items = 0"):
+    with pytest.raises(RuntimeError, match="step 1: count of trained items = 0, expected above 0"):
         train(Countless(data()), small.model(), config=TrainConfig(), job=small.job(tmp_path))
 
 

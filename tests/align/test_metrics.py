@@ -19,9 +19,9 @@ def accelerator() -> Accelerator:
 
 
 def writer(folder: Path, accelerator: Accelerator, resumed_step: int = 0) -> MetricsWriter:
-    return MetricsWriter(
-        folder, accelerator=accelerator, run_name="stage", resumed_step=resumed_step
-    )
+    made = MetricsWriter(folder, accelerator=accelerator, run_name="stage")
+    made.open(resumed_step=resumed_step)
+    return made
 
 
 def test_means_divide_once_and_maxima_are_kept(accelerator: Accelerator) -> None:
@@ -73,6 +73,7 @@ def test_tracker_gets_the_same_numbers(tmp_path: Path, accelerator: Accelerator)
     made = MetricsWriter(
         tmp_path, accelerator=accelerator, run_name="stage", report_to=("tensorboard",)
     )
+    made.open()
     made.write({"step": 1, "tokens": 5, "loss": 0.25})
     made.close()
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "stage"))
