@@ -102,6 +102,7 @@ class Block(nn.Module):
 class HybridPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of both classes."""
 
+    config: HybridConfig
     config_class = HybridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
