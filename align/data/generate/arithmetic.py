@@ -25,7 +25,7 @@ def arithmetic(rng: Random, difficulty: float, context_tokens: int) -> Problem:
             total += amount
             story.append(f"{friend} gives {'her' if is_girl(name) else 'him'} {amount} more.")
         elif kind == "loses":
-            amount = rng.randint(1, total)
+            amount = rng.randint(1, min(total, most))
             total -= amount
             story.append(f"{she.capitalize()} loses {amount}.")
         else:

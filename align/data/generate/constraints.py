@@ -38,7 +38,7 @@ class Draft:
         if self.bullets:
             text = "\n".join(f"* {word}" for word in words)
         text = text.upper() if self.case == "upper" else text
-        text = text.capitalize() if self.case == "capital" else text
+        text = text.title() if self.case == "title" else text
         return f'"{text}"' if self.quoted else text
 
 
@@ -98,7 +98,7 @@ def _lower(rng: Random, draft: Draft, category: str) -> Constraint:
         "Use only small letters.",
         (("change_case:english_lowercase", {}),),
         lambda d: replace(d, case="plain"),
-        lambda d: replace(d, case=rng.choice(("upper", "capital"))),
+        lambda d: replace(d, case=rng.choice(("upper", "title"))),
     )
 
 
