@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from align.course import Job
 from align.data.mixture import mix
 from align.data.render import render_item, render_prompt
-from align.data.rows import PromptRow
-from align.data.sources import DataConfig, read_source
+from align.data.rows import PromptRow, Row
+from align.data.sources import DataConfig, SourceReport, read_source
 from align.experience import Group, response_text
 from model import HybridForCausalLM
 from reward.scorer import InProcessScorer, load_scorer
@@ -42,10 +42,27 @@ class Prompt:
     tokens: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of all sources in order, never none.
+
+    Args:
+        data: for the manifest, one entry per source: what was read, skipped, too long and taken.
+    """
+
+    items: tuple[Prompt, ...]
+    data: tuple[Mapping[str, Any], ...]
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt.tokens) for prompt in self.items)
+
+
 def read_prompts(
     data: Sequence[DataConfig], *, job: Job, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> tuple[list[Prompt], tuple[Mapping[str, Any], ...]]:
-    """Prompts of all sources in order, and for the manifest what became of each source.
+) -> Prompts:
+    """The prompts of a stage's `data:` list, each of which somebody can judge.
 
     Args:
         max_tokens: longest prompt; longer ones are an error, or counted, as `too_long` says.
@@ -54,39 +71,45 @@ def read_prompts(
         ValueError: if a row is no prompt, is too long, or can be judged by nobody.
     """
     given: list[list[Prompt]] = []
-    reports = []
+    reports: list[SourceReport] = []
+    too_long: list[int] = []
     for source in data:
         rows, report = read_source(
             source, base=job.base, inputs=job.inputs, seed=job.seed, kind="prompt"
         )
         found = [_prompt(row, tokenizer, has_reward="reward" in job.inputs) for row in rows]
-        fitting = [p for p in found if len(p.tokens) <= max_tokens]
-        if len(fitting) < len(found) and source.too_long != "skip":
-            long = next(p for p in found if len(p.tokens) > max_tokens)
+        fitting = [prompt for prompt in found if len(prompt.tokens) <= max_tokens]
+        if not fitting or (len(fitting) < len(found) and source.too_long != "skip"):
+            long = next(prompt for prompt in found if len(prompt.tokens) > max_tokens)
             raise ValueError(
                 f"{long.row.origin}: the prompt has {len(long.tokens)} tokens, expected at most "
-                f"{max_tokens} (sequence_tokens - max_new_tokens); raise sequence_tokens or set "
-                "too_long: skip"
-            )
-        if not fitting:
-            raise ValueError(
-                f"data {source.label}: every prompt is longer than {max_tokens} tokens; raise "
-                "sequence_tokens"
+                f"{max_tokens} before its response; raise the stage's limit, or set too_long: skip "
+                f"({len(fitting)} of {len(found)} prompts of {source.label} fit)"
             )
         given.append(fitting)
-        told = dataclasses.asdict(report) | {"too_long": len(found) - len(fitting)}
-        reports.append(told | {"tokens": sum(len(p.tokens) for p in fitting)})
+        reports.append(report)
+        too_long.append(len(found) - len(fitting))
     lengths = [[len(prompt.tokens) for prompt in each] for each in given]
     taken = mix(lengths, [source.weight for source in data], seed=job.seed)
-    prompts = [each[i] for each, rows in zip(given, taken, strict=True) for i in rows]
-    return prompts, tuple(reports)
+    return Prompts(
+        items=tuple(each[i] for each, rows in zip(given, taken, strict=True) for i in rows),
+        data=tuple(
+            {
+                **dataclasses.asdict(report),
+                "too_long": long,
+                "taken": len(rows),
+                "tokens": sum(sizes[i] for i in rows),
+            }
+            for report, long, rows, sizes in zip(reports, too_long, taken, lengths, strict=True)
+        ),
+    )
 
 
-def _prompt(row: object, tokenizer: PreTrainedTokenizerBase, *, has_reward: bool) -> Prompt:
+def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, *, has_reward: bool) -> Prompt:
     if not isinstance(row, PromptRow):
         raise ValueError(
-            f"{getattr(row, 'origin', row)}: a {type(row).__name__}, expected a prompt; "
-            "set `as: prompt` on this source"
+            f"{row.origin}: a {type(row).__name__}, expected a prompt; set `as: prompt` on its "
+            "source or take another"
         )
     if not row.verifier and not has_reward:
         raise ValueError(
@@ -206,3 +229,10 @@ def seed_of(*counters: object) -> int:
     text = "/".join(str(counter) for counter in counters)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a response; rendering a prompt has made sure that there is one."""
+    token = tokenizer.eos_token_id
+    assert isinstance(token, int), "render_prompt refuses tokenizers without an end-of-turn token"
+    return token

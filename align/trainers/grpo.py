@@ -34,7 +34,16 @@ from align.experience import describe, examples_of
 from align.loop import TrainConfig
 from align.losses.policy import PolicyLossConfig, policy_count, policy_loss
 from align.losses.types import Loss
-from align.prompts import Prompt, answer, open_engine, open_scorer, read_prompts, seed_of
+from align.prompts import (
+    Prompt,
+    Prompts,
+    answer,
+    end_of_turn,
+    open_engine,
+    open_scorer,
+    read_prompts,
+    seed_of,
+)
 from align.trainers.dpo import reference_of
 from align.trainers.lm import adapted, fit, open_start
 from model import HybridForCausalLM
@@ -105,23 +114,22 @@ class GrpoCourse:
         *,
         policy: HybridForCausalLM | PeftModel,
         reference: HybridForCausalLM | PeftModel | None,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         tools: Tools,
     ) -> None:
         self.config, self.job = config, job
         self.policy, self.reference = policy, reference
-        self.prompts, self.tools = prompts, tools
+        self.prompts, self.tools = prompts.items, tools
         self.num_prompts = (
             config.max_steps * config.prompts_per_step
             if config.max_steps
-            else config.epochs * len(prompts)
+            else config.epochs * len(prompts.items)
         )
         self.num_steps = -(-self.num_prompts // config.prompts_per_step)
-        longest = max(len(prompt.tokens) for prompt in prompts)
         self.engine = open_engine(
             policy,
             max_concurrent=config.max_concurrent,
-            max_tokens=longest + config.max_new_tokens,
+            max_tokens=prompts.max_tokens + config.max_new_tokens,
         )
         # Experience of the rollout's later steps, the next one first.
         self.waiting: list[list[Example]] = []
@@ -203,7 +211,7 @@ class GrpoCourse:
             sampling=Sampling(
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
-                stop_token_ids=(_end_of_turn(self.tools.tokenizer),),
+                stop_token_ids=(end_of_turn(self.tools.tokenizer),),
             ),
             num_samples=config.group_size,
             tokenizer=self.tools.tokenizer,
@@ -289,12 +297,6 @@ def _given(extra: Tensor | None) -> Tensor:
     return extra
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    token = tokenizer.eos_token_id
-    assert isinstance(token, int), "rendering the prompts has asked for it"
-    return token
-
-
 def run(config: GrpoConfig, job: Job) -> Outcome:
     """Trains job.start on its own judged responses and writes the policy to job.artifact.
 
@@ -309,7 +311,7 @@ def run(config: GrpoConfig, job: Job) -> Outcome:
             "launch with ddp or on one process"
         )
     start, tokenizer = open_start(config, job)
-    prompts, sources = read_prompts(
+    prompts = read_prompts(
         config.data,
         job=job,
         tokenizer=tokenizer,
@@ -324,4 +326,4 @@ def run(config: GrpoConfig, job: Job) -> Outcome:
         config, job, policy=policy, reference=reference, prompts=prompts, tools=tools
     )
     metrics = fit(course, policy, tokenizer, config=config, job=job)
-    return Outcome(metrics, sources)
+    return Outcome(metrics, prompts.data)
