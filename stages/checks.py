@@ -100,6 +100,11 @@ def _path_back(
 
 def _check_references(recipe: Recipe, stage: Stage) -> None:
     keys: Keys = ("stages", stage.index)
+    if stage.wants_trl and stage.kind.run_trl is None:
+        raise recipe.document.error(
+            (*keys, "backend"),
+            f"kind {stage.head.kind} cannot run on TRL; use backend: native",
+        )
     if stage.head.start != MODEL:
         _check_parent(recipe, stage, (*keys, "from"), stage.head.start, gives="policy")
     if stage.head.reward:

@@ -99,11 +99,11 @@ def check(
     """Reads and cross-checks a recipe and prints what it will do; trains nothing."""
     with _guarded(traceback):
         from stages.checks import cross_check
-        from stages.plan import plan, plan_table
+        from stages.plan import plan, plan_text
 
         loaded = _load(recipe, sets)
         cross_check(loaded, Path.cwd(), with_files=files)
-        _show(plan(loaded) if as_json else plan_table(loaded))
+        _show(plan(loaded) if as_json else plan_text(loaded))
 
 
 @app.command("eval")
@@ -219,14 +219,25 @@ def _accelerator() -> Accelerator:
 def _show(value: Any) -> None:
     if isinstance(value, dict | list):
         typer.echo(json.dumps(value, indent=1, sort_keys=True))
+    elif isinstance(value, str):
+        typer.echo(value)
     else:
         Console().print(value)
+
+
+def _quiet() -> None:
+    """Turns off the progress bars of loading and saving; ours say what matters."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 @contextmanager
 def _guarded(traceback: bool) -> Iterator[None]:
     """An error becomes one line and an exit code: 2 for what the user can mend, 1 for the world."""
     try:
+        _quiet()
         yield
     except (ValueError, RuntimeError, OSError) as error:
         if traceback:

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.table import Table
 
-from align.data.render import render_item, render_prompt
-from align.evals.types import EvalResult
+from align.data.render import render_prompt
+from align.evals.reward_artifact import open_scorer
+from align.evals.types import EvalResult, pick_device
 from align.policy import load_policy, save_policy
-from reward.scorer import load_scorer
 from reward.types import Item, Message
 from rollout.native.engine import NativeEngine
 from rollout.types import Request, Sampling
 from stages.document import nearest
 from stages.recipe import Recipe
+
+PAGE_TOKENS = 64
 
 
 def chosen_evals(recipe: Recipe, names: Sequence[str]) -> list[Any]:
@@ -51,19 +52,23 @@ def answer(
     policy: Path, prompt: str, *, system: str, sampling: Sampling, num_samples: int
 ) -> list[dict[str, Any]]:
     """Responses to one user message: text, finish, mean log-probability per token."""
-    device = PartialState().device
-    model, tokenizer = load_policy(policy, dtype=torch.float32, device=device)
+    model, tokenizer = load_policy(policy, dtype=torch.float32, device=pick_device())
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     tokens = render_prompt(messages, tokenizer)
-    longest = len(tokens) + num_samples * (sampling.max_new_tokens + 2 * 64)
-    engine = NativeEngine(model, max_slots=num_samples, max_cache_tokens=2 * longest)
+    longest = len(tokens) + sampling.max_new_tokens + PAGE_TOKENS
+    engine = NativeEngine(
+        model,
+        max_slots=num_samples,
+        max_cache_tokens=num_samples * longest,
+        page_tokens=PAGE_TOKENS,
+    )
     stopping = replace(sampling, stop_token_ids=(tokenizer.eos_token_id,))
     request = Request("prompt", tokens, stopping, num_samples=num_samples)
     found = []
     for completion in engine.generate([request]):
         ended = completion.finish == "stop"
-        text = tokenizer.decode(completion.tokens[:-1] if ended else completion.tokens)
+        text = tokenizer.decode(list(completion.tokens[:-1] if ended else completion.tokens))
         mean = sum(completion.logprobs) / len(completion.logprobs)
         found.append({"text": str(text), "finish": completion.finish, "mean_logprob": mean})
     engine.close()
@@ -77,17 +82,8 @@ def scores(reward: Path, items: Path) -> Iterator[dict[str, Any]]:
         ValueError: a line is no item, with file and line; or the folder is no reward artifact.
     """
     found = [_item(items, n, line) for n, line in enumerate(items.read_text().splitlines(), 1)]
-    tokenizer = load_policy_tokenizer(reward)
-    scorer = load_scorer(reward, lambda item: render_item(item, tokenizer))
-    for score in scorer.score(found):
+    for score in open_scorer(reward).score(found):
         yield asdict(score)
-
-
-def load_policy_tokenizer(folder: Path) -> Any:
-    """The tokenizer saved in an artifact."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _item(file: Path, number: int, line: str) -> Item:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,15 +56,15 @@ class FileDigests:
         return str(self.known[key][2])
 
     def of_config(self, config: Any, base: Path) -> dict[str, str]:
-        """Digests of all local files that a config reads, by path from `base`."""
+        """Digests of all local files that a config reads, by name as written in the config."""
         paths = {source.path for _, source in sources_of(config) if source.path}
-        files = {file for path in paths for _, file in local_files(path, base)}
-        return {os.path.relpath(file, base): self.of(file) for file in sorted(files)}
+        files = sorted({named for path in paths for named in local_files(path, base)})
+        return {name: self.of(file) for name, file in files}
 
-    def of_folder(self, folder: Path | None, base: Path) -> dict[str, str]:
-        """Digests of all files of a folder, by path from `base`; {} for None."""
+    def of_folder(self, folder: Path | None) -> dict[str, str]:
+        """Digests of all files of a folder, by path in it; {} for None."""
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
-        return {os.path.relpath(file, base): self.of(file) for file in files}
+        return {path.relative_to(folder or path).as_posix(): self.of(path) for path in files}
 
 
 def stage_inputs(
@@ -75,7 +74,7 @@ def stage_inputs(
 
     Args:
         parents: digests of the artifacts it reads, by role.
-        data: digests of the files it reads, by path from the base.
+        data: digests of the files it reads, by name as written in the config.
     """
     return {
         "kind": stage.head.kind,

@@ -11,6 +11,11 @@ KINDS = {
     "reward": Kind(reward.RewardConfig, reward.run, gives="reward"),
     "sample": Kind(sample.SampleConfig, sample.run, gives="rows", takes_reward=True),
     "dpo": Kind(dpo.DpoConfig, dpo.run, gives="policy"),
-    "grpo": Kind(grpo.GrpoConfig, grpo.run, gives="policy", takes_reward=True),
+    "grpo": Kind(
+        grpo.GrpoConfig,
+        grpo.run,
+        gives="policy",
+        takes_reward=True,
+    ),
     "eval": Kind(eval.EvalStageConfig, eval.run, gives="report"),
 }

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from align.data.sources import DataConfig
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from align.course import Job, Outcome
+from align.data.sources import DataConfig
 from stages.document import Document, nearest, read_document
 from stages.explain import validate
 
@@ -43,6 +43,7 @@ class Kind:
         config: its pydantic model; has `seed`.
         run: does the work of one stage on every process.
         gives: what its artifact holds.
+        run_trl: the same through TRL's trainer, for `backend: trl`; None if TRL has none.
         takes_reward: whether the stage may name a reward stage.
         revision: raised whenever the same config gives another result than before.
     """
@@ -50,6 +51,7 @@ class Kind:
     config: type[BaseModel]
     run: Callable[[Any, Job], Outcome]
     gives: Literal["policy", "reward", "rows", "report"]
+    run_trl: Callable[[Any, Job], Outcome] | None = None
     takes_reward: bool = False
     revision: int = 1
 
@@ -166,6 +168,17 @@ class Stage:
     @property
     def name(self) -> str:
         return self.head.name
+
+    @property
+    def wants_trl(self) -> bool:
+        """Whether the stage asks for TRL's trainer; a kind that trains nothing has no such key."""
+        return bool(self.config.model_dump(include={"backend"}) == {"backend": "trl"})
+
+    def run(self, job: Job) -> Outcome:
+        """Does the stage's work, with the trainer that its config names."""
+        if self.wants_trl and self.kind.run_trl is not None:
+            return self.kind.run_trl(self.config, job)
+        return self.kind.run(self.config, job)
 
     def resolved(self) -> dict[str, Any]:
         """Head and config as JSON values, defaults written out."""

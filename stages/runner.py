@@ -171,7 +171,7 @@ class _Climber:
         artifact = decision.artifact
         if artifact is None:
             temporary = folder / "artifact.tmp"
-            outcome = stage.kind.run(stage.config, self._job(stage, temporary))
+            outcome = stage.run(self._job(stage, temporary))
             accelerator.wait_for_everyone()
             metrics = outcome.metrics
             facts = Facts(
@@ -240,7 +240,7 @@ class _Climber:
             "revision": 1,
             "config": config.model_dump(mode="json", by_alias=True),
             "parents": {},
-            "data": self.digests.of_config(config, base) | self.digests.of_folder(outside, base),
+            "data": self.digests.of_config(config, base) | self.digests.of_folder(outside),
         }
         temporary = folder / "artifact.tmp"
         decision = self._decide(MODEL, folder, inputs, {})
