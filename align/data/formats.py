@@ -88,7 +88,7 @@ def read_record(
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"a row is {type(record).__name__}, expected a JSON object with fields")
-    chosen = _format(record, format_name)
+    chosen = _format(record, format_name, kind)
     wanted = chosen.kinds[0] if kind == "auto" else kind
     native = wanted if wanted in chosen.kinds else chosen.kinds[0]
     rows = chosen.adapt(record, Reading(origin, native, signal))
@@ -145,7 +145,8 @@ def to_record(row: Row) -> dict[str, Any]:
     }
 
 
-def _format(record: Record, name: str) -> Format:
+def _format(record: Record, name: str, kind: Kind) -> Format:
+    """The format of that name; or of those that match, the first that gives this kind itself."""
     if name != "auto":
         if name not in FORMATS:
             raise ValueError(f"format = {name!r}, expected auto or one of {sorted(FORMATS)}")
@@ -156,13 +157,13 @@ def _format(record: Record, name: str) -> Format:
                 f"format {name} needs {', '.join(missing)}; found fields {sorted(record)}"
             )
         return chosen
-    found = next((known for known in FORMATS.values() if known.matches(record)), None)
-    if found is None:
+    found = [known for known in FORMATS.values() if known.matches(record)]
+    if not found:
         raise ValueError(
             f"fields {sorted(record)} fit no format; set format to one of {sorted(FORMATS)} "
             "or rename the fields"
         )
-    return found
+    return next((known for known in found if kind in known.kinds), found[0])
 
 
 def _text(record: Record, reading: Reading) -> list[Row]:

@@ -285,6 +285,11 @@ def test_rows_come_back_from_their_records(row: Row):
     assert read_record(to_record(row), HERE) == [row]
 
 
+def test_format_that_gives_the_wanted_kind_itself_is_taken():
+    record = {"instruction": "2+2?", "output": "4", "chosen": "5", "rejected": "5"}
+    assert read_record(record, HERE, kind="chat") == [CHAT]
+
+
 def test_signal_of_the_source_wins_over_the_rows():
     record = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "signal": "style"}
     (row,) = read_record(record, HERE, signal="correctness")
