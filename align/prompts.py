@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -89,8 +90,8 @@ def read_prompts(
         given.append(fitting)
         reports.append(report)
         too_long.append(len(found) - len(fitting))
-    lengths = [[len(prompt.tokens) for prompt in each] for each in given]
-    taken = mix(lengths, [source.weight for source in data], seed=job.seed)
+    sizes = [len(each) for each in given]
+    taken = mix(sizes, [source.weight for source in data], seed=job.seed)
     return Prompts(
         items=tuple(each[i] for each, rows in zip(given, taken, strict=True) for i in rows),
         data=tuple(
@@ -139,13 +140,18 @@ def open_scorer(job: Job, tokenizer: PreTrainedTokenizerBase) -> Scorer:
 
 
 def open_engine(
-    model: HybridForCausalLM | PeftModel, *, max_concurrent: int, max_tokens: int
+    model: HybridForCausalLM | PeftModel,
+    *,
+    max_concurrent: int,
+    max_tokens: int,
+    autocast: torch.dtype | None = None,
 ) -> NativeEngine:
     """An engine on the live weights, adapters on, with room for its slots at their longest.
 
     Args:
         max_concurrent: responses decoded at once.
         max_tokens: longest prompt and response together.
+        autocast: as in `NativeEngine`.
     """
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(plain, HybridForCausalLM), "adapters wrap the project's own model"
@@ -154,6 +160,7 @@ def open_engine(
         max_slots=max_concurrent + 1,
         max_cache_tokens=(max_concurrent + 1) * (max_tokens + PAGE_TOKENS),
         page_tokens=PAGE_TOKENS,
+        autocast=autocast,
     )
 
 

@@ -130,6 +130,7 @@ class GrpoCourse:
             policy,
             max_concurrent=config.max_concurrent,
             max_tokens=prompts.max_tokens + config.max_new_tokens,
+            autocast=torch.bfloat16 if config.precision == "bf16" else None,
         )
         # Experience of the rollout's later steps, the next one first.
         self.waiting: list[list[Example]] = []
@@ -201,7 +202,7 @@ class GrpoCourse:
         own: list[tuple[Prompt, int]] = []
         sizes: list[int] = []
         for step in range(index, min(index + config.updates_per_rollout, self.num_steps)):
-            mine = self._prompts_of(step)[rank::world]
+            mine = self.prompts_of(step)[rank::world]
             own += mine
             sizes.append(len(mine))
         self.engine.policy_version = index
@@ -231,7 +232,7 @@ class GrpoCourse:
             steps[1:] = [self._rescored(examples) for examples in steps[1:]]
         return steps, metrics
 
-    def _prompts_of(self, step: int) -> list[tuple[Prompt, int]]:
+    def prompts_of(self, step: int) -> list[tuple[Prompt, int]]:
         """All processes' prompts of a step, each with its seed: a function of the step alone."""
         size, number, seed = self.config.prompts_per_step, len(self.prompts), self.job.seed
         places = range(step * size, min((step + 1) * size, self.num_prompts))

@@ -162,13 +162,13 @@ def test_responses_without_a_score_leave_the_loss_and_are_counted(tmp_path: Path
 def test_epochs_see_every_prompt_once_in_an_order_of_the_seed(tmp_path: Path):
     made = course(config(max_steps=0, epochs=2), small.job(tmp_path), small.model())
     assert made.num_steps == 5
-    seen = [(p.row.origin.place, seed) for i in range(5) for p, seed in made._prompts_of(i)]
+    seen = [(p.row.origin.place, seed) for i in range(5) for p, seed in made.prompts_of(i)]
     places = [place for place, _ in seen]
     assert sorted(places[:5]) == sorted(places[5:]) == sorted({*places})
     assert places[:5] != places[5:]
     assert len({seed for _, seed in seen}) == 10
     kept = course(config(max_steps=0, shuffle=False), small.job(tmp_path), small.model())
-    order = [p.row.origin.place for i in range(3) for p, _ in kept._prompts_of(i)]
+    order = [p.row.origin.place for i in range(3) for p, _ in kept.prompts_of(i)]
     assert order == [f"p.jsonl:{i}" for i in range(1, 6)]
 
 
@@ -329,3 +329,13 @@ def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: Any):
 def test_a_config_that_cannot_work_is_refused(bad: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         config(**bad)
+
+
+def test_bf16_steps_compare_with_an_engine_in_bf16(tmp_path: Path):
+    settings = config(precision="bf16", updates_per_rollout=2, max_steps=2)
+    model, job = small.model(), small.job(tmp_path)
+    train(course(settings, job, model), model, config=settings, job=job)
+    told = lines(tmp_path)
+    assert 1e-5 < told[0]["engine/gap"] < 5e-2
+    assert told[0]["ratio/max"] == 1
+    assert told[0]["ratio/mean"] == 1

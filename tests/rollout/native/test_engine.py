@@ -72,6 +72,24 @@ def full_logits(model: HybridForCausalLM, done: Completion) -> torch.Tensor:
         return model.logits(hidden)[len(done.prompt) - 1 : -1]
 
 
+def test_bf16_by_autocast_is_the_bf16_forward_of_the_same_weights(model: HybridForCausalLM):
+    engine = NativeEngine(
+        model, max_slots=8, max_cache_tokens=2048, page_tokens=8, autocast=torch.bfloat16
+    )
+    gaps, exact_gaps = [], []
+    for done in engine.generate(make_requests(8, seed=6, temperature=1.0)):
+        targets = torch.tensor(done.tokens)[:, None]
+        logprobs = torch.tensor(done.logprobs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            same = full_logits(model, done).float().log_softmax(-1)
+        exact = full_logits(model, done).log_softmax(-1)
+        gaps.append((logprobs - same.gather(-1, targets)[:, 0]).abs().mean())
+        exact_gaps.append((logprobs - exact.gather(-1, targets)[:, 0]).abs().mean())
+    assert model.dtype == torch.float32
+    assert torch.stack(exact_gaps).mean() > 1e-4, "this must have been computed in bf16"
+    assert torch.stack(gaps).mean() < 2e-2
+
+
 def test_results_come_in_the_order_of_requests_and_samples(model: HybridForCausalLM):
     requests = make_requests(12)
     done = make_engine(model, slots=5).generate(requests)
