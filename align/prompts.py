@@ -99,9 +99,9 @@ def read_prompts(
                 **dataclasses.asdict(report),
                 "too_long": long,
                 "taken": len(rows),
-                "tokens": sum(sizes[i] for i in rows),
+                "tokens": sum(len(each[i].tokens) for i in rows),
             }
-            for report, long, rows, sizes in zip(reports, too_long, taken, lengths, strict=True)
+            for report, long, rows, each in zip(reports, too_long, taken, given, strict=True)
         ),
     )
 
