@@ -23,6 +23,8 @@ from align.optim import OptimConfig
 from align.policy import load_policy
 from align.prompts import Prompt, Prompts
 from align.trainers.grpo import GrpoConfig, GrpoCourse, Tools, run
+from reward.hierarchy import HIERARCHY
+from reward.model import RewardModel
 from reward.types import Item, Score
 from rollout.sync import checksums
 from tests.align import small
@@ -157,6 +159,20 @@ def test_responses_without_a_score_leave_the_loss_and_are_counted(tmp_path: Path
     assert step.metrics["rollout/invalid"] > 0, "the test needs a response of 5 letters"
     trained = sum(len(batch.places) for batch in step.batches)
     assert trained == step.metrics["rollout/responses"] - step.metrics["rollout/invalid"]
+
+
+def test_flat_groups_may_be_left_out_of_training(tmp_path: Path):
+    given = {"prompts_per_step": 5, "sequence_tokens": 512, "max_new_tokens": 2}
+    kept = course(config(**given), small.job(tmp_path), small.model()).step(0)
+    left = course(config(**given, flat_groups="leave_out"), small.job(tmp_path), small.model())
+    step = left.step(0)
+    assert 0 < step.metrics["rollout/flat_groups"] < 1
+    assert step.metrics == kept.metrics
+    found, every = (sum(len(b.places) for b in s.batches) for s in (step, kept))
+    assert 0 < found < every
+    groups = {place.split("#")[0] for batch in step.batches for place in batch.places}
+    assert len(groups) == round((1 - step.metrics["rollout/flat_groups"]) * 5)
+    assert all((batch.advantages != 0).any() for batch in step.batches)
 
 
 def test_epochs_see_every_prompt_once_in_an_order_of_the_seed(tmp_path: Path):
@@ -306,6 +322,35 @@ def test_a_stage_runs_from_policy_to_policy(tmp_path: Path):
         checksums(before.state_dict().items()).keys()
         == checksums(after.state_dict().items()).keys()
     )
+
+
+def unruled_prompts(folder: Path) -> tuple[DataConfig, ...]:
+    """Prompts without a verifier, which only a reward model can judge."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"the {word}"}],
+            "answer": "",
+            "verifier": "",
+            "arguments": {},
+        }
+        for word in ("cat", "hat", "mat")
+    ]
+    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (DataConfig(path="q.jsonl", split="all"),)
+
+
+def test_a_reward_artifact_judges_what_no_rule_can(tmp_path: Path):
+    RewardModel(small.model(seed=3).model, HIERARCHY).save(tmp_path / "reward")
+    settings = config(data=unruled_prompts(tmp_path), max_steps=2, updates_per_rollout=2)
+    start = small.start(tmp_path / "start")
+    inputs = {"reward": tmp_path / "reward"}
+    job = small.job(tmp_path / "stage", start, base=tmp_path, inputs=inputs)
+    run(settings, job)
+    told = lines(job.folder)
+    assert 0 < told[0]["reward/mean"] < 1
+    assert told[0]["reward/std"] > 0
+    assert told[0]["rollout/flat_groups"] == 0
+    assert "accuracy/all" not in told[0]
 
 
 def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: Any):
