@@ -155,9 +155,10 @@ def _what_happened(before: Any, after: Any) -> str:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping):
         return {k: v for key in value for k, v in _flat(value[key], f"{prefix}{key}.").items()}
-    if isinstance(value, list) and value:
+    # A list of plain values is one value; a list of tables is compared table by table.
+    if isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
         return {k: v for i, x in enumerate(value) for k, v in _flat(x, f"{prefix}{i}.").items()}
     return {prefix[:-1]: value}
 
