@@ -220,6 +220,8 @@ def _check_grpo(config: GrpoConfig) -> None:
         _refuse("behaviour", config.behaviour, "TRL takes the ratio to the trainer's own numbers")
     if config.flat_groups != "keep":
         _refuse("flat_groups", config.flat_groups, "TRL trains on every group; use keep")
+    if config.flat_groups != "keep":
+        _refuse("flat_groups", config.flat_groups, "TRL trains on every group; set it to keep")
     if config.loss.drop_ratio:
         _refuse("loss.drop_ratio", f"{config.loss.drop_ratio:g}", "TRL drops no token; set it to 0")
     if config.loss.beta and config.lora is None:
@@ -368,6 +370,7 @@ def _fit(
         job.folder, accelerator=job.accelerator, run_name=job.name, report_to=config.report_to
     )
     trainer.add_callback(Reporter(trainer.plan, writer))
+    writer.open()
     try:
         trainer.train()
     finally:
