@@ -91,12 +91,15 @@ class Block(nn.Module):
             branch = self.self_attn(normed, packed, cache)
         else:
             branch = self.self_attn(normed, packed, angles, cache)
-        alpha, beta = self.attn_gain
-        x = alpha * (normed if self.postnorm else x) + beta * branch
+        x = _join(normed if self.postnorm else x, branch, self.attn_gain)
         normed = self.post_attention_layernorm(x)
         branch, router_logits = self.mlp(normed)
-        alpha, beta = self.mlp_gain
-        return alpha * (normed if self.postnorm else x) + beta * branch, router_logits
+        return _join(normed if self.postnorm else x, branch, self.mlp_gain), router_logits
+
+
+def _join(residual: Tensor, branch: Tensor, gain: tuple[float, float]) -> Tensor:
+    alpha, beta = gain
+    return torch.add(branch if beta == 1 else beta * branch, residual, alpha=alpha)
 
 
 class HybridPreTrainedModel(PreTrainedModel):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.kernels.linear.op import is_faster_here, rows_by, weight_grad
+from model.kernels.linear.op import product, weight_grad
 
 
 def expert_layer(
@@ -72,9 +72,9 @@ class _Experts(torch.autograd.Function):
         rows = x.index_select(0, token)
         inner, outer = [], []
         for expert, own in enumerate(rows.split(counts)):
-            inner.append(_times(own, gate_up[expert]))
+            inner.append(product(own, gate_up[expert]))
             gate, up = inner[-1].chunk(2, dim=-1)
-            outer.append(_times(F.silu(gate).mul_(up), down[expert]))
+            outer.append(product(F.silu(gate).mul_(up), down[expert]))
         ctx.save_for_backward(rows, torch.cat(inner), gate_up, down, scale, token)
         ctx.counts = counts
         return torch.zeros_like(x).index_add_(0, token, torch.cat(outer).mul_(scale))
@@ -95,29 +95,21 @@ class _Experts(torch.autograd.Function):
             start += length
             gate, up = inner[own].chunk(2, dim=-1)
             active = F.silu(gate)
-            product = active * up
-            back = _times(grads[own], down[expert].t())
+            joined = active * up
+            back = product(grads[own], down[expert].t())
             if to_scale is not None:
-                to_scale[own] = (back * product).sum(-1, keepdim=True)
+                to_scale[own] = (back * joined).sum(-1, keepdim=True)
             if to_down is not None:
-                to_down[expert] = _weight_grad(grads[own], product.mul_(scale[own]))
+                to_down[expert] = weight_grad(grads[own], joined.mul_(scale[own]))
             back = back.mul_(scale[own])
             slope = torch.empty_like(inner[own])
             torch.mul(back, active, out=slope[:, up.shape[1] :])
             slope[:, : up.shape[1]] = torch.ops.aten.silu_backward(back.mul_(up), gate)
             if to_gate_up is not None:
-                to_gate_up[expert] = _weight_grad(slope, rows[own])
+                to_gate_up[expert] = weight_grad(slope, rows[own])
             if to_rows is not None:
-                to_rows[own] = _times(slope, gate_up[expert].t())
+                to_rows[own] = product(slope, gate_up[expert].t())
         to_x = None
         if to_rows is not None:
             to_x = torch.zeros_like(grad).index_add_(0, token, to_rows)
         return to_x, to_gate_up, to_down, to_scale, None, None
-
-
-def _times(x: Tensor, weight: Tensor) -> Tensor:
-    return rows_by(x, weight) if is_faster_here(x, weight) else x @ weight.t()
-
-
-def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    return weight_grad(grad, x) if is_faster_here(grad, x) else grad.t() @ x

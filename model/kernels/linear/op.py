@@ -30,13 +30,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if not is_faster_here(x, weight):
         return F.linear(x, weight)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Linear.apply(x, weight)
-    return rows_by(x, weight)
+    return _Linear.apply(x, weight)
 
 
 def is_faster_here(x: Tensor, weight: Tensor) -> bool:
-    """Whether `rows_by` may and should be used for these tensors."""
+    """Whether oneDNN may and should multiply these two."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -48,25 +46,30 @@ def is_faster_here(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def rows_by(x: Tensor, weight: Tensor) -> Tensor:
-    """[T, C_in] x [C_out, C_in] -> [T, C_out] by oneDNN; no gradient of its own."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """[T, C_in] x [C_out, C_in] -> [T, C_out], either operand of any strides; no gradient."""
+    return _by_onednn(x, weight) if is_faster_here(x, weight) else x @ weight.t()
 
 
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """grad^T x: [T, C_out], [T, C_in] -> [C_out, C_in]; the longer side first is the faster."""
+    """grad^T x: [T, C_out], [T, C_in] -> [C_out, C_in]; no gradient."""
+    # the longer side first is the faster, and equal sides gain nothing
+    if grad.shape[1] == x.shape[1] or not is_faster_here(grad, x):
+        return grad.t() @ x
     if grad.shape[1] > x.shape[1]:
-        return rows_by(x.t(), grad.t()).t()
-    if grad.shape[1] < x.shape[1]:
-        return rows_by(grad.t(), x.t())
-    return grad.t() @ x
+        return _by_onednn(x.t(), grad.t()).t()
+    return _by_onednn(grad.t(), x.t())
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return rows_by(x, weight)
+        return product(x, weight)
 
     @staticmethod
     @once_differentiable
@@ -75,7 +78,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad
         grad = grad.contiguous()
         return (
-            rows_by(grad, weight.t()) if needs_x else None,
+            product(grad, weight.t()) if needs_x else None,
             weight_grad(grad, x) if needs_weight else None,
         )
 
