@@ -6,13 +6,14 @@ is truncated, dropped or filtered, telemetry is off, a non-finite loss stops the
 do is refused in one line that names the key.
 
 Where it differs from `backend: native`: the routing loss is weighed per microbatch and not per
-token, nothing is resumed, pairs and rollouts are padded and not packed, and in grpo a response
-without a valid score has advantage 0 instead of being left out.
+token, and is part of the loss that metrics.jsonl tells; nothing is resumed; pairs and rollouts are
+padded and not packed; in grpo a response without a valid score has advantage 0 and is not left out.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -21,7 +22,7 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset as Table
 from peft import LoraConfig as PeftLoraConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -350,7 +351,9 @@ def _build(
     kept = {key: value for key, value in model.config.to_dict().items() if key in TOUCHED}
     generation = copy.deepcopy(model.generation_config)
     plan = Plan(config, job, num_steps=num_steps, kept=kept, generation=generation)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # Known; constraints.txt pins the version that was tested.
+        warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
         torch.manual_seed(job.seed)
         trainer = make(peft_config(config.lora) if config.lora else None)
     trainer.plan = plan
@@ -369,6 +372,7 @@ def _fit(
     writer = MetricsWriter(
         job.folder, accelerator=job.accelerator, run_name=job.name, report_to=config.report_to
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Reporter(trainer.plan, writer))
     writer.open()
     try:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from align.trainers import dpo, eval, grpo, lm, reward, sample, sft
 from stages.recipe import Kind
 
+# The three that TRL can run hand over to its backend themselves; importing it here takes seconds.
 KINDS = {
     "lm": Kind(lm.LmConfig, lm.run, gives="policy"),
-    "sft": Kind(sft.SftConfig, sft.run, gives="policy"),
+    "sft": Kind(sft.SftConfig, sft.run, gives="policy", run_trl=sft.run),
     "reward": Kind(reward.RewardConfig, reward.run, gives="reward"),
     "sample": Kind(sample.SampleConfig, sample.run, gives="rows", takes_reward=True),
-    "dpo": Kind(dpo.DpoConfig, dpo.run, gives="policy"),
+    "dpo": Kind(dpo.DpoConfig, dpo.run, gives="policy", run_trl=dpo.run),
     "grpo": Kind(
         grpo.GrpoConfig,
         grpo.run,
         gives="policy",
+        run_trl=grpo.run,
         takes_reward=True,
     ),
     "eval": Kind(eval.EvalStageConfig, eval.run, gives="report"),

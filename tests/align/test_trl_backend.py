@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +137,15 @@ def test_sft_takes_the_native_steps(changes: dict[str, Any], tmp_path: Path, sta
     load_policy(theirs.artifact)
 
 
+def test_bf16_is_entered_although_the_process_is_fp32(tmp_path: Path, start: Path) -> None:
+    config = sft_config(tmp_path, precision="bf16")
+    ours, theirs, _, _ = both(tmp_path, start, config, sft.run)
+    full = replace(small.job(tmp_path / "fp32", start), base=tmp_path)
+    run_sft(sft_config(tmp_path), full)
+    assert losses(theirs) == pytest.approx(losses(ours), rel=5e-3)
+    assert abs(losses(theirs)[0] - losses(full)[0]) > 1e-6
+
+
 @pytest.mark.parametrize("changes", [{"epochs": 2}, {"lora": LoraConfig(rank=2)}])
 def test_dpo_takes_the_native_steps(changes: dict[str, Any], tmp_path: Path, start: Path) -> None:
     # Steps of 3, 3 and 2 pairs in microbatches of one packed sequence each: unequal parts.
@@ -232,6 +245,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(tmp_path: Path, start: Pa
         (run_dpo, dpo_config, {"label_smoothing": 0.1}, "label_smoothing = 0.1: TRL's sigmoid"),
         (run_dpo, dpo_config, {"sft_weight": 0.5}, "sft_weight = 0.5: TRL's sigmoid loss"),
         (run_grpo, grpo_config, {"behaviour": "engine"}, "behaviour = engine: TRL takes"),
+        (run_grpo, grpo_config, {"flat_groups": "leave_out"}, "flat_groups = leave_out: TRL"),
         (run_grpo, grpo_config, {"precision": "bf16"}, "precision = bf16: TRL scores"),
         (
             run_grpo,
@@ -277,3 +291,60 @@ def test_a_model_that_trl_would_train_otherwise_is_refused(
     )
     with pytest.raises(ValueError, match=f"backend: trl: {message}"):
         run_sft(sft_config(tmp_path, precision="bf16"), job)
+
+
+SCRIPT = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from align.trl_backend import run_dpo, run_sft
+from tests.align import small
+from tests.align.test_trl_backend import dpo_config, sft_config
+
+torch.set_num_threads(1)
+folder, work = Path(sys.argv[1]), Path(sys.argv[2])
+job = replace(small.job(work, folder / "start"), base=folder)
+if sys.argv[3] == "sft":
+    run_sft(sft_config(folder, batch_items=6, sequence_tokens=24), job)
+else:
+    run_dpo(dpo_config(folder, batch_items=4), job)
+"""
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path, start: Path) -> None:
+    for processes in (1, 2):
+        work = tmp_path / str(processes)
+        told = launch(SCRIPT, [str(tmp_path), str(work), kind], processes)
+        assert (work / "artifact").exists(), told
+    one, two = small.job(tmp_path / "1"), small.job(tmp_path / "2")
+    assert_same_update(one, two, start)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+
+
+def launch(script: str, arguments: list[str], processes: int) -> list[str]:
+    """Runs the script on so many gloo processes; returns what each wrote to stderr."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    started = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script, *arguments],
+                cwd=Path(__file__).parents[2],
+                env={**os.environ, **shared, **own},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return [process.communicate(timeout=240)[1] for process in started]
