@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -112,4 +113,7 @@ def export_policy(policy: Path, folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: is not empty; choose a new folder")
     model, tokenizer = load_policy(policy)
-    save_policy(model, tokenizer, folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_policy(model, tokenizer, temporary)
+    temporary.rename(folder)

@@ -122,7 +122,7 @@ def why_stale(
             own.append(f"{rest} {_shown(before)} -> {_shown(after)}")
         else:
             own.append(f"{key} {_shown(before)} -> {_shown(after)}")
-    reasons = own or list(dict.fromkeys(upstream))
+    reasons = own or list(dict.fromkeys(upstream)) or ["its inputs changed"]
     return ", ".join(reasons[:3]) + (f" and {len(reasons) - 3} more" if len(reasons) > 3 else "")
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from align import trl_backend
 from align.trainers import dpo, eval, grpo, lm, reward, sample, sft
 from stages.recipe import Kind
 
-# The three that TRL can run hand over to its backend themselves; importing it here takes seconds.
 KINDS = {
     "lm": Kind(lm.LmConfig, lm.run, gives="policy"),
-    "sft": Kind(sft.SftConfig, sft.run, gives="policy", run_trl=sft.run),
+    "sft": Kind(sft.SftConfig, sft.run, gives="policy", run_trl=trl_backend.run_sft),
     "reward": Kind(reward.RewardConfig, reward.run, gives="reward"),
     "sample": Kind(sample.SampleConfig, sample.run, gives="rows", takes_reward=True),
-    "dpo": Kind(dpo.DpoConfig, dpo.run, gives="policy", run_trl=dpo.run),
+    "dpo": Kind(dpo.DpoConfig, dpo.run, gives="policy", run_trl=trl_backend.run_dpo),
     "grpo": Kind(
         grpo.GrpoConfig,
         grpo.run,
         gives="policy",
-        run_trl=grpo.run,
+        run_trl=trl_backend.run_grpo,
         takes_reward=True,
     ),
     "eval": Kind(eval.EvalStageConfig, eval.run, gives="report"),

@@ -8,17 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from stages.cli import app
+from tests.stages.fakes import align
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "name: x\nmodel: {preset: tiny, tokenizer: {data: [{task: arithmetic}]}}\n"
 SFT = TINY + "stages:\n  - name: sft\n    kind: sft\n    data: [{task: arithmetic}]\n"
-
-
-def align(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
 
 
 def error_of(tmp_path: Path, text: str, *more: str) -> str:
