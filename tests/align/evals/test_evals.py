@@ -259,8 +259,8 @@ def test_a_reward_model_ranks_pairs_by_the_labelled_head(
         packed = Packed.from_sequences([pair.chosen.tokens, pair.rejected.tokens])
         prompt = pair.chosen.weights.index(1.0)
         values = model(packed, [prompt, prompt]).values
-        gap = values[0] - values[1]
-        assert item == pytest.approx(float(gap.detach()[model.signals.index(pair.signal)]), abs=1e-5)
+        gap = (values[0] - values[1]).detach()
+        assert item == pytest.approx(float(gap[model.signals.index(pair.signal)]), abs=1e-5)
     assert result.baseline is None
     overall = {**TASK, "signal": "overall"}
     assert ask({"kind": "preference", "data": [overall]}, policy="reward").num_items == 12
