@@ -74,5 +74,6 @@ class LightningAttention(nn.Module):
             return self.core(q, k, v, slopes, lengths)[0]
         state = cache.state(self.layer)
         out, final = self.core(q, k, v, slopes, lengths, initial_state=state, with_final=True)
+        assert final is not None, "asked for by with_final"
         cache.put_state(self.layer, final)
         return out
