@@ -188,13 +188,16 @@ def score(
 def export(
     policy: Folder,
     folder: Annotated[Path, typer.Argument(help="Where the checkpoint shall stand.")],
+    bf16: Annotated[bool, typer.Option("--bf16", help="Round the weights to bf16.")] = False,
     traceback: Traceback = False,
 ) -> None:
     """Writes a policy as one plain checkpoint, its adapters merged."""
     with _guarded(traceback):
+        import torch
+
         from stages.commands import export_policy
 
-        export_policy(policy, folder)
+        export_policy(policy, folder, dtype=torch.bfloat16 if bf16 else torch.float32)
         typer.echo(str(folder))
 
 

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from align.data.render import render_prompt
+from align.data.render import render_plain_prompt, render_prompt
 from align.data.rows import PromptRow
 from align.data.sources import DataConfig
 from align.evals.held_out import read_held_out
@@ -29,6 +30,9 @@ MAX_CACHE_TOKENS = 1 << 18
 
 class SampledEval(EvalBase):
     """How answers are sampled."""
+
+    form: Literal["chat", "text"] = "chat"
+    """How a prompt is put: as a chat, or as plain text (question, answer) for a base model."""
 
     temperature: float = Field(default=1.0, ge=0)
     """Of the sampling; 1 as in avg@k, 0 takes the most likely token."""
@@ -61,10 +65,11 @@ class Answers:
 def respond(folder: Path, rows: Sequence[PromptRow], *, config: SampledEval, seed: int) -> Answers:
     """Answers of the policy in `folder`; the sampling seeds depend on the row and `seed` only."""
     model, tokenizer = load_policy(folder, dtype=torch.float32, device=pick_device())
+    render = render_prompt if config.form == "chat" else render_plain_prompt
     requests = [
         Request(
             request_id=str(row.origin),
-            prompt=render_prompt(row.prompt, tokenizer),
+            prompt=render(row.prompt, tokenizer),
             sampling=Sampling(
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
