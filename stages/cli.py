@@ -215,11 +215,15 @@ def _load(file: Path, sets: list[str] | None) -> Recipe:
 
 
 def _accelerator() -> Accelerator:
+    import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     # Others wait while the main process measures: longer than the default of ten minutes.
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    # Said outright, because without a GPU accelerate takes each process of a launch for a run of
+    # its own unless it is told to use the CPU.
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
 
 
 def _show(value: Any) -> None:
