@@ -81,10 +81,13 @@ def run(
             make_start=make_start,
             say=say,
         )
-        report = climb(loaded, ground, until=until)
+        try:
+            report = climb(loaded, ground, until=until)
+        finally:
+            # A process that leaves without it can abort the others on their way out.
+            accelerator.end_training()
         if accelerator.is_main_process:
             _show(report.resolved() if as_json else eval_table(report.rows))
-        accelerator.end_training()
 
 
 @app.command()

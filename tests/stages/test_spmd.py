@@ -26,6 +26,7 @@ try:
 except Exception as error:
     text = f"{type(error).__name__}: {error}"
 (home / f"told-{here.accelerator.process_index}").write_text(text)
+here.accelerator.end_training()
 """
 
 
