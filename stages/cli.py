@@ -235,7 +235,9 @@ def _show(value: Any) -> None:
     elif isinstance(value, str):
         typer.echo(value)
     else:
-        Console().print(value)
+        # In a file or a pipe there is no width to fit into; 120 columns hold every table.
+        console = Console()
+        (console if console.is_terminal else Console(width=120)).print(value)
 
 
 def _quiet() -> None:
