@@ -123,19 +123,19 @@ class Board:
         return found
 
     def _due(self, name: str) -> list[Any]:
-        """Evals that run on a stage: a policy gets all but those that reward stages aim at."""
-        stages = self.recipe.stages
-        evals = self.recipe.evals
-        aimed = {n for s in stages if s.kind.gives == "policy" for n in s.head.evals}
-        of_rewards = {n for s in stages if s.kind.gives == "reward" for n in s.head.evals} - aimed
-        policies = [config for key, config in evals.items() if key not in of_rewards]
-        if name == MODEL:
-            return policies
-        stage = self.recipe.stage(name)
-        if stage.kind.gives == "policy":
-            return policies
-        is_reward = stage.kind.gives == "reward"
-        return [evals[key] for key in stage.head.evals] if is_reward else []
+        """Evals that run on a stage: those it aims at, and on a policy all general ones.
+
+        An eval of reward models, or one that compares a policy with its parent, speaks about the
+        stages that aim at it and runs on no other.
+        """
+        stages, evals = self.recipe.stages, self.recipe.evals
+        of_rewards = {n for s in stages if s.kind.gives == "reward" for n in s.head.evals}
+        of_rewards -= {n for s in stages if s.kind.gives == "policy" for n in s.head.evals}
+        general = {n for n, config in evals.items() if not config.is_relative} - of_rewards
+        aims = set() if name == MODEL else set(self.recipe.stage(name).head.evals)
+        gives = "policy" if name == MODEL else self.recipe.stage(name).kind.gives
+        due = aims | (general if gives == "policy" else set())
+        return [config for key, config in evals.items() if key in due]
 
     def _inputs(self, name: str, finished: Mapping[str, Finished]) -> dict[str, str]:
         """Stages by role that an eval of this one may read; the stage's own judge comes first."""

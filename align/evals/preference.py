@@ -44,6 +44,10 @@ class PreferenceEval(EvalBase):
     batch_tokens: int = Field(default=8192, ge=1)
     """Tokens per forward pass; changes memory, not the result."""
 
+    @property
+    def is_relative(self) -> bool:
+        return self.reference == "parent"
+
 
 def run(config: PreferenceEval, context: Context) -> EvalResult:
     """Accuracy or margin over all pairs; details hold it per signal.
@@ -74,11 +78,11 @@ def _win(margin: float) -> float:
 def _margins(
     rows: Sequence[PreferenceRow], *, config: PreferenceEval, context: Context
 ) -> tuple[list[float], bool]:
-    """One margin a pair, and whether they are relative to the parent."""
+    """One margin a pair, and whether they start from a baseline: the parent, or untrained heads."""
     if is_reward(context.policy):
         tokenizer = open_tokenizer(context.policy)
         pairs = [render_preference(row, tokenizer) for row in rows]
-        return pair_margins(context.policy, pairs, batch_tokens=config.batch_tokens), False
+        return pair_margins(context.policy, pairs, batch_tokens=config.batch_tokens), True
     if config.reference == "none":
         return _leads(context.policy, rows, config.batch_tokens), False
     if context.parent is None:

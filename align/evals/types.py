@@ -26,6 +26,14 @@ class EvalBase(BaseModel):
     name: str = ""
     """Name in tables; empty: the kind with what tells it from its sisters, as in `needle@512`."""
 
+    @property
+    def is_relative(self) -> bool:
+        """Whether the eval already compares a policy with its parent.
+
+        Such an eval says what one stage did, so it runs on the stages that aim at it only.
+        """
+        return False
+
 
 @dataclass(frozen=True)
 class Context:

@@ -34,6 +34,10 @@ class WinRateEval(SampledEval):
     judge: Literal["verifier", "reward"] = "verifier"
     """`verifier`: each prompt's own rule; `reward`: the stage's reward model and hierarchy."""
 
+    @property
+    def is_relative(self) -> bool:
+        return True
+
 
 def run(config: WinRateEval, context: Context) -> EvalResult:
     """Win rate over the parent; 0.5 without generating for a policy that has none.

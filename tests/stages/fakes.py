@@ -41,6 +41,7 @@ class TaskFake(BaseModel):
     judge: Literal["verifier", "reward"] = "verifier"
     num_items: int = 4
     data: tuple[DataConfig, ...] = ()
+    is_relative: bool = False
 
 
 class PairFake(TaskFake):

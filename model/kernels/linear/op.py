@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # below this many rows, packing the weight costs oneDNN more than it gains
-_FEW_ROWS = 256
+FEW_ROWS = 256
+# rows whose inputs and outputs stay in a core's second-level cache
+CACHED_ROWS = 512
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ def is_faster_here(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.ndim == 2
-        and x.shape[0] >= _FEW_ROWS
+        and x.shape[0] >= FEW_ROWS
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -51,18 +53,24 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return _by_onednn(x, weight) if is_faster_here(x, weight) else x @ weight.t()
 
 
-def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """grad^T x: [T, C_out], [T, C_in] -> [C_out, C_in]; no gradient."""
-    # the longer side first is the faster, and equal sides gain nothing
-    if grad.shape[1] == x.shape[1] or not is_faster_here(grad, x):
-        return grad.t() @ x
-    if grad.shape[1] > x.shape[1]:
-        return _by_onednn(x.t(), grad.t()).t()
-    return _by_onednn(grad.t(), x.t())
+def weight_grad(grad: Tensor, x: Tensor, onto: Tensor | None = None) -> Tensor:
+    """grad^T x: [T, C_out], [T, C_in] -> [C_out, C_in], added to `onto` if given; no gradient."""
+    if not is_faster_here(grad, x):
+        return grad.t() @ x if onto is None else torch.addmm(onto, grad.t(), x)
+    # oneDNN copies its first operand; the shorter one costs less
+    flip = grad.shape[1] >= x.shape[1]
+    left, right = (x, grad) if flip else (grad, x)
+    total = None if onto is None else onto.t() if flip else onto
+    for a, b in zip(left.split(CACHED_ROWS), right.split(CACHED_ROWS), strict=True):
+        total = _by_onednn(a.t(), b.t(), total)
+    assert total is not None, "is_faster_here asks for rows"
+    return total.t() if flip else total
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def _by_onednn(x: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+    if onto is None:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, onto, weight, None, "add")
 
 
 class _Linear(torch.autograd.Function):
