@@ -1,0 +1,209 @@
+"""Launches the Triton kernels of lightning attention, forward and backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from model.kernels.lightning import kernel
+from model.kernels.lightning.plan import Direction, Plan, plan_work
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a pass is cut for one dtype and head size.
+
+    Args:
+        chunk_tokens: tokens a chunk.
+        columns: columns of v a program holds.
+        warps, stages: of a program.
+        residents: programs that one multiprocessor runs at once.
+    """
+
+    chunk_tokens: int
+    columns: int
+    warps: int
+    stages: int
+    residents: int
+
+
+def choose_shape(dtype: torch.dtype, size: int) -> Shape:
+    """Measured on one H200; fp32 keeps IEEE products, for which registers are the limit."""
+    padded = triton.next_power_of_2(size)
+    if dtype == torch.float32:
+        return Shape(32, min(padded, 32), 4, 1, 2)
+    return Shape(64, min(padded, 64), 4, 2, 2)
+
+
+@functools.lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _plan(lengths: Sequence[int], q: Tensor, shape: Shape, is_split: bool) -> Plan:
+    heads, size = q.shape[1:]
+    return plan_work(
+        tuple(lengths),
+        heads=heads * triton.cdiv(size, shape.columns),
+        programs=_multiprocessors(q.device) * shape.residents,
+        chunk_tokens=shape.chunk_tokens,
+        is_split=is_split,
+        device=q.device,
+    )
+
+
+def _strides(state: Tensor | None, is_transposed: bool) -> tuple[int, int]:
+    """Row and column stride of [.., D, D] states, or of their transposes."""
+    if state is None:
+        return 0, 0
+    row, column = state.stride(-2), state.stride(-1)
+    return (column, row) if is_transposed else (row, column)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One direction over the packed tokens: who runs, with which slopes and shape."""
+
+    shape: Shape
+    chunks: Tensor
+    direction: Direction
+    slopes: Tensor
+    is_reverse: bool
+
+    @property
+    def precision(self) -> str:
+        return "ieee"
+
+    def carries(
+        self, k: Tensor, v: Tensor, initial: Tensor | None, is_transposed: bool = False
+    ) -> Tensor | None:
+        """[C, H, D, D] fp32: what enters each segment that continues a sequence; None if none."""
+        work, heads, size = self.direction, k.shape[1], k.shape[2]
+        if not work.num_carries:
+            return None
+        padded = triton.next_power_of_2(size)
+        columns = min(padded, 128 if k.dtype != torch.float32 else 32)
+        partial = k.new_empty(work.num_pieces, heads, size, size, dtype=torch.float32)
+        kernel.lightning_carry_pieces[triton.cdiv(size, columns), heads, work.num_pieces](
+            k, v, self.slopes, work.pieces, partial,
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            heads,
+            DK=size, DV=size, BK=padded, BV=columns, BT=64 if k.dtype != torch.float32 else 32,
+            REVERSE=self.is_reverse, PRECISION=self.precision, num_warps=8, num_stages=3,
+        )  # fmt: skip
+        carry = k.new_empty(work.num_carries, heads, size, size, dtype=torch.float32)
+        kernel.lightning_carry_scan[triton.cdiv(size * size, 1024), heads](
+            partial, initial, carry, self.slopes, work.pieces, work.carries,
+            work.num_carries, *_strides(initial, is_transposed),
+            heads,
+            DK=size, DV=size, BLOCK=1024,
+            REVERSE=self.is_reverse, HAS_INIT=initial is not None, num_warps=4,
+        )  # fmt: skip
+        return carry
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        carry: Tensor | None,
+        initial: Tensor | None,
+        final: Tensor | None = None,
+        is_transposed: bool = False,
+    ) -> Tensor:
+        """[T, H, D] in the dtype of v; the states are [D of v, D of k] if transposed."""
+        total, heads, size = q.shape
+        out = torch.empty((total, heads, size), dtype=v.dtype, device=v.device)
+        columns = self.shape.columns
+        grid = (triton.cdiv(size, columns), heads, self.direction.num_segments)
+        kernel.lightning_run[grid](
+            q, k, v, out, self.slopes, self.chunks, self.direction.segments,
+            carry, initial, final,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+            v.stride(0), v.stride(1), out.stride(0), out.stride(1),
+            *_strides(carry, is_transposed), *_strides(initial, is_transposed),
+            *_strides(final, is_transposed),
+            heads,
+            DK=size, DV=size, BK=triton.next_power_of_2(size), BV=columns,
+            BT=self.shape.chunk_tokens, REVERSE=self.is_reverse,
+            HAS_CARRY=carry is not None, HAS_INIT=initial is not None,
+            HAS_FINAL=final is not None, PRECISION=self.precision,
+            num_warps=self.shape.warps, num_stages=self.shape.stages,
+        )  # fmt: skip
+        return out
+
+
+class _Lightning(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        initial: Tensor | None,
+        lengths: tuple[int, ...],
+        with_final: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = choose_shape(q.dtype, q.shape[2])
+        plan = _plan(lengths, q, shape, initial is not None or with_final)
+        forwards = Pass(shape, plan.chunks, plan.forward, slopes, False)
+        carry = forwards.carries(k, v, initial)
+        final = None
+        if with_final:
+            heads, size = q.shape[1:]
+            final = q.new_empty(len(lengths), heads, size, size, dtype=torch.float32)
+        out = forwards.run(q, k, v, carry=carry, initial=initial, final=final)
+        ctx.save_for_backward(q, k, v, slopes, initial, carry)
+        ctx.plan, ctx.shape = plan, shape
+        # an unused final state then has no gradient, instead of one of zeros
+        ctx.set_materialize_grads(False)
+        return out, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, do: Tensor | None, dfinal: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, slopes, initial, carry = ctx.saved_tensors
+        do = torch.zeros_like(v) if do is None else _rows(do)
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        forwards = Pass(ctx.shape, ctx.plan.chunks, ctx.plan.forward, slopes, False)
+        dq = forwards.run(do, v, k, carry=carry, initial=initial, is_transposed=True)
+        back = Pass(ctx.shape, ctx.plan.chunks, ctx.plan.backward, slopes, True)
+        dcarry = back.carries(q, do, dfinal)
+        dinitial = torch.empty_like(initial) if ctx.needs_input_grad[4] else None
+        dk = back.run(v, do, q, carry=dcarry, initial=dfinal, is_transposed=True)
+        dv = back.run(k, q, do, carry=dcarry, initial=dfinal, final=dinitial)
+        return dq, dk, dv, None, dinitial, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself if the last dim is dense, else a dense copy: kernels read rows of D."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def lightning_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    lengths: Sequence[int],
+    *,
+    initial_state: Tensor | None = None,
+    with_final: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Same numbers as `lightning_reference`; arguments checked by `op.lightning_attention`."""
+    initial = None if initial_state is None else initial_state.contiguous()
+    return _Lightning.apply(
+        _rows(q), _rows(k), _rows(v), slopes.float().contiguous(), initial, tuple(lengths), with_final
+    )
