@@ -29,7 +29,10 @@ class Course(Protocol):
     run needs only the index; a course that samples (grpo) keeps the rest in its state.
     """
 
-    num_steps: int
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run; known before the first."""
+        ...
 
     def step(self, index: int) -> Step:
         """This rank's share of optimizer step `index`, 0-based."""

@@ -131,11 +131,10 @@ class MetricsWriter:
 
     Args:
         folder: of the stage.
-        resumed_step: lines of later steps are cut off.
         report_to: trackers to feed besides.
 
     Raises:
-        ValueError: if a tracker is not installed or the old file is broken.
+        ValueError: if a tracker is not installed.
     """
 
     def __init__(
@@ -144,17 +143,25 @@ class MetricsWriter:
         *,
         accelerator: Accelerator,
         run_name: str,
-        resumed_step: int = 0,
         report_to: Sequence[Tracker] = (),
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self.is_main = accelerator.is_main_process
         self.trackers = [_tracker(name, run_name, folder) for name in report_to]
+        self.started: list[GeneralTracker] = []
+
+    def open(self, *, resumed_step: int = 0) -> None:
+        """Starts the trackers and cuts off what was written after the resumed step.
+
+        Raises:
+            ValueError: if the old file is broken.
+        """
         if self.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             cut_after(self.path, resumed_step)
         for tracker in self.trackers:
             tracker.start()
+            self.started.append(tracker)
 
     def write(self, values: Mapping[str, float]) -> None:
         """One line; `values` holds at least step and tokens.
@@ -170,5 +177,5 @@ class MetricsWriter:
             tracker.log(dict(values), step=int(values["step"]))
 
     def close(self) -> None:
-        for tracker in self.trackers:
+        for tracker in self.started:
             tracker.finish()

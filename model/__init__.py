@@ -22,8 +22,8 @@ from model.config import HybridConfig, preset
 from model.hybrid import HybridForCausalLM, HybridModel, PackedOutput
 from model.packed import Packed
 
-# transformers translates between the names on disk (an expert a tensor) and in memory (stacked) only
-# for its own classes, unless the mapping is registered by hand
+# transformers translates between the names on disk (an expert a tensor) and in memory (stacked)
+# only for its own classes, unless the mapping is registered by hand
 register_checkpoint_conversion_mapping(
     "minimax", get_checkpoint_conversion_mapping("minimax"), overwrite=True
 )

@@ -53,7 +53,5 @@ class SoftmaxAttention(nn.Module):
             out = self.core(q, k, v, packed.lengths, window=self.window)
         else:
             keys, values = cache.read(self.layer)
-            out = cached_attention(
-                q, keys, values, packed.lengths, cache.past, window=self.window
-            )
+            out = cached_attention(q, keys, values, packed.lengths, cache.past, window=self.window)
         return self.o_proj(out.flatten(1))

@@ -6,6 +6,7 @@ lie in pages of `page_tokens`, which a fork shares with its source until one of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from model.config import HybridConfig
+from model.packed import Packed
 
 
 class DecodeCache(Cache):
@@ -96,7 +98,13 @@ class DecodeCache(Cache):
         return slot
 
     def fork(self, slot: int) -> int:
-        """A new slot with the same past: states copied, pages shared until one of the two writes."""
+        """A new slot with the same past: states copied, pages shared until one of them writes.
+
+        Raises:
+            ValueError: if the slot is not allocated.
+            RuntimeError: if every slot is taken.
+        """
+        self._check_taken((slot,))
         new = self.allocate()
         self.states[:, new] = self.states[:, slot]
         self.lengths[new] = self.lengths[slot]
@@ -106,7 +114,12 @@ class DecodeCache(Cache):
         return new
 
     def free(self, slot: int) -> None:
-        """Gives the slot back, and every page that nobody else holds."""
+        """Gives the slot back, and every page that nobody else holds.
+
+        Raises:
+            ValueError: if the slot is not allocated.
+        """
+        self._check_taken((slot,))
         for page in self.tables[slot]:
             self._release(page)
         self.tables[slot] = []
@@ -120,29 +133,31 @@ class DecodeCache(Cache):
         shared_tail = held % self.page_tokens and self.users[table[-1]] > 1
         return fresh + bool(shared_tail)
 
-    def begin(self, slots: Sequence[int], lengths: Sequence[int]) -> CacheStep:
-        """Makes room for `lengths[i]` new tokens in `slots[i]` and says where everything lies.
+    def begin(self, slots: Sequence[int], packed: Packed) -> CacheStep:
+        """Makes room for sequence i of `packed` in `slots[i]` and says where everything lies.
 
         Raises:
-            ValueError: if slots repeat or do not match the lengths.
-            RuntimeError: if no page is free.
+            ValueError: if slots repeat, are not allocated or do not match the sequences, or if a
+                sequence does not start where its slot ends (looked at on a CPU only).
+            RuntimeError: if too few pages are free; nothing has changed then.
         """
+        lengths = packed.lengths
         if len(set(slots)) != len(slots) or len(slots) != len(lengths):
             raise ValueError(
                 f"slots = {tuple(slots)} for {len(lengths)} sequences: expected one slot each, "
                 "no slot twice"
             )
+        self._check_taken(slots)
+        self._check_starts(slots, packed)
         past = [self.lengths[slot] for slot in slots]
+        self._check_room(slots, lengths)
         for slot, length in zip(slots, lengths, strict=True):
             self._reserve(slot, length)
         size = self.page_tokens
         most = max(len(self.tables[slot]) for slot in slots)
         table = torch.tensor([self._row(slot, most) for slot in slots])
         places = torch.cat(
-            [
-                torch.arange(held, held + length)
-                for held, length in zip(past, lengths, strict=True)
-            ]
+            [torch.arange(held, held + length) for held, length in zip(past, lengths, strict=True)]
         )
         owner = torch.repeat_interleave(torch.arange(len(slots)), torch.tensor(lengths))
         rows = table[owner, places // size] * size + places % size
@@ -150,13 +165,43 @@ class DecodeCache(Cache):
         return CacheStep(
             cache=self,
             slots=tuple(slots),
-            lengths=tuple(lengths),
+            lengths=lengths,
             past=torch.tensor(past).to(device),
             rows=rows.to(device),
             table=table.to(device),
             index=torch.tensor(slots).to(device),
             is_fresh=not any(past),
         )
+
+    def _check_starts(self, slots: Sequence[int], packed: Packed) -> None:
+        # on a device the comparison would make every decoding step wait for it
+        if packed.positions.device.type != "cpu":
+            return
+        begins = packed.positions[packed.cu_seqlens[:-1]].tolist()
+        held = [self.lengths[slot] for slot in slots]
+        if begins != held:
+            raise ValueError(
+                f"packed.positions begin at {begins}, but slots {tuple(slots)} hold {held} tokens; "
+                "start each sequence at the length of its slot"
+            )
+
+    def _check_taken(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            if not 0 <= slot < len(self.lengths) or slot in self.free_slots:
+                raise ValueError(f"slot {slot} is not allocated; take it from allocate() or fork()")
+
+    def _check_room(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        """Refused as a whole and before anything moves, so that the caller may try fewer slots."""
+        wanted = sum(self.pages_needed(s, n) for s, n in zip(slots, lengths, strict=True))
+        tails = Counter(self.tables[s][-1] for s in slots if self.lengths[s] % self.page_tokens)
+        # where every holder of a shared page writes, the last of them needs no copy
+        wanted -= sum(1 < n == self.users[page] for page, n in tails.items())
+        if wanted > len(self.free_pages) and not self.grows:
+            raise RuntimeError(
+                f"{sum(lengths)} new tokens in slots {tuple(slots)} need {wanted} pages of "
+                f"{self.page_tokens} tokens, {len(self.free_pages)} of {len(self.users)} are free; "
+                "make num_pages larger or run fewer sequences at once"
+            )
 
     def _row(self, slot: int, most: int) -> list[int]:
         table = self.tables[slot]
@@ -166,22 +211,16 @@ class DecodeCache(Cache):
         table, held = self.tables[slot], self.lengths[slot]
         if held % self.page_tokens and self.users[table[-1]] > 1:
             # the last page is shared and would be written: take a copy of it first
-            page = self._take(slot)
+            page = self._take()
             self.pages[:, :, page] = self.pages[:, :, table[-1]]
             self._release(table[-1])
             table[-1] = page
         while len(table) * self.page_tokens < held + new_tokens:
-            table.append(self._take(slot))
+            table.append(self._take())
 
-    def _take(self, slot: int) -> int:
-        if not self.free_pages and self.grows:
-            self._grow()
+    def _take(self) -> int:
         if not self.free_pages:
-            raise RuntimeError(
-                f"no free page of {len(self.users)} pages x {self.page_tokens} tokens for slot "
-                f"{slot} at {self.lengths[slot]} tokens; make num_pages larger or run fewer "
-                "sequences at once"
-            )
+            self._grow()
         page = self.free_pages.pop()
         self.users[page] = 1
         return page

@@ -6,12 +6,16 @@ and each of them defaults to what transformers computes.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from transformers.models.minimax.configuration_minimax import MiniMaxConfig
 
 LayerKind = Literal["linear_attention", "full_attention", "sliding_attention"]
 LAYER_KINDS = ("linear_attention", "full_attention", "sliding_attention")
+
+
+# our class -> the public class whose checkpoints it reads and writes
+_PUBLIC_CLASSES = {"HybridForCausalLM": "MiniMaxForCausalLM", "HybridModel": "MiniMaxModel"}
 
 
 class HybridConfig(MiniMaxConfig):
@@ -117,6 +121,13 @@ class HybridConfig(MiniMaxConfig):
             if not good:
                 raise ValueError(f"config.json: {key} = {value}, expected {expected}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """config.json as other programs know it: `architectures` names the public classes."""
+        values = super().to_dict()
+        if names := values.get("architectures"):
+            values["architectures"] = [_PUBLIC_CLASSES.get(name, name) for name in names]
+        return values
+
     def window(self, layer: int) -> int | None:
         """Tokens that softmax layer `layer` sees, itself included; None sees all.
 
@@ -220,3 +231,52 @@ def preset(name: str, **changes: Any) -> HybridConfig:
         ("linear_attn_alpha_factor", "full_attn_alpha_factor", "mlp_alpha_factor"), alpha
     )
     return HybridConfig(**{**gains, **keys})
+
+
+class ParameterCount(NamedTuple):
+    """How many numbers a model holds, and how many one token meets.
+
+    Args:
+        total: all parameters.
+        active: those that one token meets: K of the E experts a layer, all the rest.
+        embeddings: input embeddings and LM head, part of both; tied ones count once.
+    """
+
+    total: int
+    active: int
+    embeddings: int
+
+
+def count_parameters(config: HybridConfig) -> ParameterCount:
+    """Parameters of a model, from its shape alone.
+
+    Source: MiniMax-01 report, section 2, whose 45.9B active parameters leave out both embeddings.
+
+    Example:
+        >>> total, active, embeddings = count_parameters(preset("minimax-text-01"))
+        >>> round(total / 1e9, 2), round((active - embeddings) / 1e9, 2)
+        (456.09, 45.94)
+    """
+    size, inner = config.hidden_size, config.intermediate_size
+    width = config.num_attention_heads * config.head_dim
+    kv_width = config.num_key_value_heads * config.head_dim
+    # qkv, gate and output projections, and the norm over all heads
+    lightning = 5 * size * width + width
+    softmax = 2 * size * width + 2 * size * kv_width
+    expert = 3 * size * inner
+    router_and_norms = config.num_local_experts * size + 2 * size
+    layers = len(config.layer_types)
+    lightning_layers = config.layer_types.count("linear_attention")
+    embeddings = config.vocab_size * size * (1 if config.tie_word_embeddings else 2)
+    shared = (
+        embeddings
+        + size
+        + lightning_layers * lightning
+        + (layers - lightning_layers) * softmax
+        + layers * router_and_norms
+    )
+    return ParameterCount(
+        total=shared + layers * config.num_local_experts * expert,
+        active=shared + layers * config.num_experts_per_tok * expert,
+        embeddings=embeddings,
+    )

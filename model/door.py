@@ -7,6 +7,7 @@ cannot be honoured exactly is refused.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,14 +75,121 @@ def open_door(
     if cu_seqlens is not None:
         return _from_borders(input_ids, attention_mask, position_ids, cu_seqlens, past)
     if attention_mask is not None:
+        _check_mask(attention_mask, (batch, length), past)
         return _from_mask(input_ids, attention_mask, position_ids, past)
     if position_ids is not None and past is None:
         return _from_positions(input_ids, position_ids)
     rows = tuple(range(batch))
     start = torch.tensor(past if past is not None else [0] * batch, device=input_ids.device)
     positions = start[:, None] + torch.arange(length, device=input_ids.device)[None, :]
+    if position_ids is not None:
+        _check_continues(position_ids.expand(batch, length), positions)
     packed = Packed(input_ids.flatten(), positions.flatten(), (length,) * batch)
     return Door(packed, (batch, length), None, rows)
+
+
+def check_form(
+    packed: Packed | None,
+    *,
+    padded: Sequence[Tensor | None],
+    only_padded: Sequence[object | None],
+    only_packed: bool,
+) -> None:
+    """Refuses a call that mixes the packed and the padded form.
+
+    Raises:
+        ValueError: if both forms or none came, or an argument of the form that did not come.
+    """
+    if (packed is not None) + sum(x is not None for x in padded) != 1:
+        raise ValueError("give exactly one of packed, input_ids and inputs_embeds")
+    if packed is not None and any(x is not None for x in only_padded):
+        raise ValueError(
+            "attention_mask, position_ids, past_key_values, labels and cu_seq_lens_q belong to the "
+            "padded form; a packed call takes packed and targets"
+        )
+    if packed is None and only_packed:
+        raise ValueError(
+            "targets, temperature and with_entropy belong to packed calls; give labels instead, "
+            "or packed=Packed.from_sequences(...)"
+        )
+
+
+def check_hints(
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    seq_idx: Tensor | None,
+) -> None:
+    """Refuses borders that are given only in a form that is not read.
+
+    Raises:
+        ValueError: if `cu_seq_lens_k` differs from `cu_seqlens`, or if `seq_idx` comes alone.
+    """
+    same = cu_seqlens is not None and cu_seq_lens_k is not None
+    if cu_seq_lens_k is not None and not (same and torch.equal(cu_seqlens, cu_seq_lens_k)):
+        raise ValueError(
+            "cu_seq_lens_k differs from cu_seq_lens_q: keys and queries are the same tokens here; "
+            "give both alike or cu_seq_lens_q alone"
+        )
+    if seq_idx is not None and cu_seqlens is None and position_ids is None:
+        raise ValueError(
+            "seq_idx without position_ids or cu_seq_lens_q: the borders of documents are read "
+            "from those two; let the collator return one of them"
+        )
+
+
+def own_labels(
+    labels: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Labels with -100 where no token of the same sequence predicts: padding and first tokens.
+
+    Args:
+        labels: [B, L] int64, unshifted; the rest as in `open_door`.
+
+    Example:
+        >>> own_labels(torch.tensor([[5, 6, 7]]), None, torch.tensor([[0, 1, 0]]), None).tolist()
+        [[-100, 6, -100]]
+    """
+    silent = torch.zeros_like(labels, dtype=torch.bool)
+    silent[:, 0] = True
+    if cu_seqlens is not None:
+        starts = cu_seqlens[:-1][cu_seqlens.diff() > 0].long()
+        silent = silent.flatten().index_fill(0, starts, True).view_as(labels)
+    elif attention_mask is not None:
+        real = attention_mask[:, -labels.shape[1] :].bool()
+        silent[:, 1:] = ~(real[:, 1:] & real[:, :-1])
+    elif position_ids is not None:
+        positions = position_ids.expand_as(labels)
+        silent[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    return labels.masked_fill(silent, -100)
+
+
+def _check_continues(given: Tensor, positions: Tensor) -> None:
+    if not torch.equal(given, positions):
+        raise ValueError(
+            f"position_ids start at {int(given.flatten()[0])}, but the cache continues at "
+            f"{int(positions.flatten()[0])}; leave position_ids out, the cache knows them"
+        )
+
+
+def _check_mask(attention_mask: Tensor, shape: tuple[int, int], past: Sequence[int] | None) -> None:
+    batch, length = shape
+    if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask {tuple(attention_mask.shape)} for input_ids {shape}: "
+            "expected as many rows, and as many columns or more"
+        )
+    if attention_mask.shape[1] > length:
+        seen = attention_mask[:, :-length].bool().sum(1).tolist()
+        held = list(past) if past is not None else "no cache"
+        if seen != held:
+            raise ValueError(
+                f"attention_mask speaks of {seen} tokens before input_ids, but the cache holds "
+                f"{held}; mask exactly what the cache holds, or input_ids alone"
+            )
 
 
 def _from_mask(
@@ -91,11 +199,6 @@ def _from_mask(
     past: Sequence[int] | None,
 ) -> Door:
     batch, length = input_ids.shape
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-        raise ValueError(
-            f"attention_mask {tuple(attention_mask.shape)} for input_ids {(batch, length)}: "
-            "expected as many rows, and as many columns or more"
-        )
     real = attention_mask[:, -length:].bool()
     starts = real & ~torch.nn.functional.pad(real, (1, 0))[:, :-1]
     runs = starts.sum(1).tolist()
@@ -112,8 +215,10 @@ def _from_mask(
     rows = real.flatten().nonzero()[:, 0]
     held = torch.tensor(past if past is not None else [0] * batch, device=input_ids.device)
     positions = (held[:, None] + real.cumsum(1) - 1).flatten()[rows]
-    if position_ids is not None and past is None:
-        given = position_ids.expand(batch, length).flatten()[rows]
+    given = None if position_ids is None else position_ids.expand(batch, length).flatten()[rows]
+    if given is not None and past is not None:
+        _check_continues(given, positions)
+    elif given is not None:
         step = given.diff() - positions.diff()
         border = positions[1:] == 0
         if bool((step[~border] != 0).any()):
@@ -121,9 +226,7 @@ def _from_mask(
                 "position_ids restart inside an attention_mask run: borders given in both forms; "
                 "drop the attention_mask of a packed call"
             )
-    packed = Packed(
-        input_ids.flatten()[rows], positions, tuple(lengths[row] for row in members)
-    )
+    packed = Packed(input_ids.flatten()[rows], positions, tuple(lengths[row] for row in members))
     return Door(packed, (batch, length), None if len(rows) == real.numel() else rows, members)
 
 
@@ -168,7 +271,7 @@ def _from_borders(
             f"cu_seq_lens_q runs from {borders[0] if borders else 'nothing'} to "
             f"{borders[-1] if borders else 'nothing'}, expected from 0 to {total} tokens"
         )
-    pairs = list(zip(borders, borders[1:], strict=False))
+    pairs = list(itertools.pairwise(borders))
     lengths = tuple(after - before for before, after in pairs if after != before)
     if any(after < before for before, after in pairs):
         raise ValueError(f"cu_seq_lens_q = {borders} must not fall")

@@ -20,10 +20,10 @@ from transformers.utils import ModelOutput
 from model.attention import SoftmaxAttention
 from model.cache import CacheStep, DecodeCache
 from model.config import HybridConfig
-from model.door import Door, open_door
+from model.door import check_form, check_hints, open_door, own_labels
 from model.kernels.logprob.op import head_logits, token_logprobs
 from model.lightning import LightningAttention
-from model.moe import Experts, MoE, Router, balance_loss, router_z_loss
+from model.moe import Experts, MoE, Router, balance_loss, router_losses
 from model.norm import RMSNorm
 from model.packed import Packed
 from model.rotary import rotary_angles
@@ -102,6 +102,7 @@ class Block(nn.Module):
 class HybridPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of both classes."""
 
+    config: HybridConfig
     config_class = HybridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -176,7 +177,7 @@ class HybridModel(HybridPreTrainedModel):
         Raises:
             ValueError: if a sequence does not start where its slot ends.
         """
-        step = None if cache is None else cache.begin(slots, packed.lengths)
+        step = None if cache is None else cache.begin(slots, packed)
         x = self.embed_tokens(packed.tokens) if embeddings is None else embeddings
         angles = rotary_angles(packed.positions, self.rotary_dim, self.rotary_base)
         router_logits = []
@@ -218,14 +219,16 @@ class HybridModel(HybridPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if output_attentions or output_hidden_states:
+        if output_attentions or output_hidden_states or return_dict is False:
             raise ValueError(
-                "output_attentions and output_hidden_states are not computed; leave them out"
+                "output_attentions, output_hidden_states and return_dict=False are not computed; "
+                "leave them out"
             )
         if input_ids is None:
             input_ids = torch.zeros(
                 inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device
             )
+        check_hints(cu_seq_lens_q, position_ids, cu_seq_lens_k, seq_idx)
         cache = past_key_values
         if use_cache and cache is None:
             cache = self.new_cache(input_ids.shape[0])
@@ -239,7 +242,10 @@ class HybridModel(HybridPreTrainedModel):
         return MoeModelOutputWithPast(
             last_hidden_state=door.repad(out.hidden),
             past_key_values=cache,
-            router_logits=_flat_router_logits(door, out) if wanted else None,
+            # [T, E] -> [B * L, E], zeros at padding: what transformers' balance loss reads
+            router_logits=tuple(door.repad(x).flatten(0, 1) for x in out.router_logits)
+            if wanted
+            else None,
         )
 
     def new_cache(self, batch: int) -> DecodeCache:
@@ -254,11 +260,6 @@ class HybridModel(HybridPreTrainedModel):
         )
         cache.free_slots = []
         return cache
-
-
-def _flat_router_logits(door: Door, out: Hidden) -> tuple[Tensor, ...]:
-    """[T, E] a layer -> [B * L, E], zeros at padding, as transformers' balance loss reads them."""
-    return tuple(door.repad(logits).flatten(0, 1) for logits in out.router_logits)
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
@@ -323,6 +324,12 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
         Returns: logits [B, L, V] fp32, loss, aux_loss (unweighted), past_key_values.
         """
+        check_form(
+            packed,
+            padded=(input_ids, inputs_embeds),
+            only_padded=(attention_mask, position_ids, past_key_values, labels, cu_seq_lens_q),
+            only_packed=targets is not None or temperature != 1.0 or with_entropy,
+        )
         if packed is not None:
             return self._forward_packed(packed, targets, temperature, with_entropy)
         wanted = self.config.output_router_logits
@@ -348,12 +355,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         logits = self.logits(out.last_hidden_state[:, keep, :])
         loss = aux_loss = None
         if labels is not None:
+            labels = own_labels(labels, attention_mask, position_ids, cu_seq_lens_q)
             loss = self.loss_function(
                 logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch
             )
         if wanted:
+            length = out.last_hidden_state.shape[1]
             real = attention_mask
-            rows = slice(None) if real is None else real[:, -logits.shape[1] :].flatten().bool()
+            rows = slice(None) if real is None else real[:, -length:].flatten().bool()
             router_logits = [layer[rows] for layer in out.router_logits]
             aux_loss = balance_loss(
                 router_logits, self.config.num_experts_per_tok, self.config.router_aux_scaling
@@ -385,18 +394,6 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             logprobs=logprobs,
             entropy=entropy if with_entropy else None,
             hidden=hidden,
-            aux_loss=self._router_losses(router_logits),
+            aux_loss=router_losses(self.config, router_logits),
             router_logits=router_logits,
         )
-
-    def _router_losses(self, router_logits: Sequence[Tensor]) -> Tensor | None:
-        config = self.config
-        losses = []
-        if config.router_aux_loss_coef:
-            balance = balance_loss(
-                router_logits, config.num_experts_per_tok, config.router_aux_scaling
-            )
-            losses.append(config.router_aux_loss_coef * balance)
-        if config.router_z_loss_coef:
-            losses.append(config.router_z_loss_coef * router_z_loss(router_logits))
-        return sum(losses[1:], losses[0]) if losses else None

@@ -12,6 +12,7 @@ on reading and never written.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -257,11 +258,11 @@ def write_config(config: HybridConfig, *, layout: Layout) -> dict[str, Any]:
     """
     _check(layout)
     _refuse(config, layout)
-    values = config.to_dict()
+    values: dict[str, Any] = json.loads(config.to_json_string())
     values |= {"model_type": "minimax", "architectures": ["MiniMaxForCausalLM"]}
     if layout == "vllm":
-        aliases = _vllm_aliases(values)
-        return {**values, **aliases, "tie_word_embeddings": False}
+        untied = {"rotary_dim": _rotary_dim(config), "tie_word_embeddings": False}
+        return {**values, **_vllm_aliases(values), **untied}
     if layout != "text-01":
         return values
     kinds = [TEXT_01_KINDS[kind] for kind in values.pop("layer_types")]

@@ -127,6 +127,17 @@ def router_z_loss(router_logits: Sequence[Tensor]) -> Tensor:
     return torch.stack([x.logsumexp(-1).square().mean() for x in router_logits]).mean()
 
 
+def router_losses(config: HybridConfig, router_logits: Sequence[Tensor]) -> Tensor | None:
+    """The router's losses with their coefficients, a mean over tokens; None if all are 0."""
+    losses = []
+    if config.router_aux_loss_coef:
+        balance = balance_loss(router_logits, config.num_experts_per_tok, config.router_aux_scaling)
+        losses.append(config.router_aux_loss_coef * balance)
+    if config.router_z_loss_coef:
+        losses.append(config.router_z_loss_coef * router_z_loss(router_logits))
+    return sum(losses[1:], losses[0]) if losses else None
+
+
 class RouterLoad(NamedTuple):
     """How evenly the experts were used.
 

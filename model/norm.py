@@ -1,4 +1,4 @@
-"""RMSNorm: statistics in fp32, scaled in the dtype of the activations."""
+"""RMSNorm: statistics in fp32 (fp64 stays), scaled in the dtype of the activations."""
 
 from __future__ import annotations
 
@@ -21,5 +21,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # fp32: a bf16 sum of squares over thousands of channels loses the small ones
-        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x.float() * scale).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)

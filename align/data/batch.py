@@ -1,4 +1,4 @@
-"""From one rendered row to what a model sees: `Example` (one sequence), `Pair`, `Batch` (packed)."""
+"""From a rendered row to what a model sees: `Example` (one sequence), `Pair`, `Batch` (packed)."""
 
 from __future__ import annotations
 

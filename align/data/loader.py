@@ -17,6 +17,13 @@ from align.data.batch import Batch, Example, Pair
 from align.data.packing import pack
 
 
+def item_tokens(item: Example | Pair) -> int:
+    """Tokens that an item takes in a packed sequence; of both answers for a pair."""
+    if isinstance(item, Pair):
+        return len(item.chosen.tokens) + len(item.rejected.tokens)
+    return len(item.tokens)
+
+
 @dataclass(frozen=True)
 class PackedData:
     """Examples or pairs, packed and cut into optimizer steps.
@@ -70,7 +77,8 @@ class PackedData:
         ):
             if value < least:
                 raise ValueError(f"{name} = {value}, expected >= {least}")
-        for item, length in zip(self.items, self.lengths, strict=True):
+        items: Sequence[Example | Pair] = self.items
+        for item, length in zip(items, self.lengths, strict=True):
             if length > self.sequence_tokens:
                 raise ValueError(
                     f"{_place(item)}: {length} tokens, longer than sequence_tokens = "
@@ -79,8 +87,8 @@ class PackedData:
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each item; of both answers for a pair."""
-        return tuple(_length(item) for item in self.items)
+        """Tokens of each item."""
+        return tuple(item_tokens(item) for item in self.items)
 
     @cached_property
     def num_steps(self) -> int:
@@ -149,12 +157,6 @@ class PackedData:
         if pairs:
             return Batch.from_pairs(pairs)
         return Batch.from_examples([item for item in chosen if isinstance(item, Example)])
-
-
-def _length(item: Example | Pair) -> int:
-    if isinstance(item, Pair):
-        return len(item.chosen.tokens) + len(item.rejected.tokens)
-    return len(item.tokens)
 
 
 def _place(item: Example | Pair) -> str:

@@ -3,7 +3,8 @@
 Names and arguments are those of "Instruction-Following Evaluation for Large Language Models" (Zhou
 et al., 2023, arXiv 2311.07911); the checks are written from its descriptions. Where we differ:
 sentences are split by a small rule instead of a trained splitter, all-capital words are counted on
-runs of letters, and the language is judged by `reward.verifiers.language`, which may abstain.
+runs of letters, a line of dashes is no bullet, a postscript begins a word, and the language is
+judged by `reward.verifiers.language`, which may abstain.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ def _postscript(text: str, arguments: Arguments) -> bool:
     marker = str(arguments["postscript_marker"]).strip()
     letters = re.sub(r"[^A-Za-z]", "", marker)
     if letters.lower() in ("ps", "pps"):
-        pattern = r"\.?\s?".join(letters) + r"\.?"
+        pattern = r"\.\s?".join(letters) + (r"\." if marker.endswith(".") else "")
         return bool(_find(rf"(?m)^\s*{pattern}(?!\w).*$|\s{pattern}(?!\w).*$", text))
     return marker.lower() in text.lower()
 

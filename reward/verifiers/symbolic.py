@@ -8,6 +8,7 @@ gives `SymbolicChecker`, run as a script it is the child and needs nothing of th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -50,12 +51,10 @@ class SymbolicChecker:
         with self._lock:
             child = self._started()
             assert child.stdin is not None
-            try:
+            # A child that has just died is told by what is read.
+            with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(request)
-                reply = self._read(child, self.limit_s)
-            except BrokenPipeError:
-                self._stop()
-                raise RuntimeError("the symbolic checker ended early") from None
+            reply = self._read(child, self.limit_s)
         if "error" in reply:
             raise RuntimeError(reply["error"])
         return None if reply["equal"] is None else bool(reply["equal"])

@@ -7,8 +7,8 @@ quadratic form with decay, between blocks one state per block:
     S_n   = sum_{m<n} exp(-s B (n-m-1)) L_m  +  exp(-s B n) S_0
     L_m   = sum_j exp(-s (len_m - 1 - j)) k_j^T v_j
 
-The sum over earlier blocks is one matmul with an [N, N] matrix of decays, so that 16 sequences of
-4 blocks cost the same few calls as one of 64.
+The sum over earlier blocks is a matmul with a small matrix of decays, one for all sequences of like
+length, so that the number of calls does not grow with the number of sequences or blocks.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Blocks:
         sequences: [N] sequence of each block.
         ranks: [N] number of the block in its sequence.
         last: [S] last block of each sequence.
+        alike: groups of sequences with more than one block: (first block and block count of each
+            [S', 2], largest block count).
     """
 
     size: int
@@ -41,6 +43,7 @@ class Blocks:
     sequences: Tensor
     ranks: Tensor
     last: Tensor
+    alike: tuple[tuple[Tensor, int], ...]
 
     @property
     def num_blocks(self) -> int:
@@ -63,7 +66,13 @@ def plan_blocks(lengths: Sequence[int], device: torch.device) -> Blocks:
         rows = (torch.arange(int(length.sum())) - start[owner] + first[owner] * size).to(device)
     last = first + counts - 1
     return Blocks(
-        size, rows, sizes.to(device), sequences.to(device), ranks.to(device), last.to(device)
+        size,
+        rows,
+        sizes.to(device),
+        sequences.to(device),
+        ranks.to(device),
+        last.to(device),
+        _alike(first, counts, device),
     )
 
 
@@ -127,11 +136,33 @@ def lightning_blocks(
 
 
 def _sum_of_earlier(local: Tensor, slopes: Tensor, blocks: Blocks) -> Tensor:
-    """[N, H, D, D] local states -> state before each block, from the same sequence only."""
-    between = blocks.ranks[:, None] - blocks.ranks[None, :] - 1
-    same = (blocks.sequences[:, None] == blocks.sequences[None, :]) & (between >= 0)
-    tokens = (between.clamp(min=0) * blocks.size).to(local.dtype)
-    weight = torch.exp(-slopes[:, None, None] * tokens) * same
+    """[N, H, D, D] local states -> state before each block, from the same sequence only.
+
+    Sequences of like block count R share one [H, R, R] matrix of decays.
+    """
+    state = torch.zeros_like(local)
     heads = local.shape[1]
-    flat = local.transpose(0, 1).reshape(heads, blocks.num_blocks, -1)
-    return (weight @ flat).view(heads, *local.shape[:1], *local.shape[2:]).transpose(0, 1)
+    for members, most in blocks.alike:
+        rank = torch.arange(most, device=local.device)
+        # beyond a sequence's end the last block stands in: it only feeds places left out below
+        take = members[:, :1] + torch.minimum(rank[None, :], members[:, 1:] - 1)
+        between = rank[:, None] - rank[None, :] - 1
+        tokens = (between.clamp(min=0) * blocks.size).to(local.dtype)
+        weight = torch.exp(-slopes[:, None, None] * tokens) * (between >= 0)
+        # [S, R, H, D, D] -> [H, R, S * D * D]
+        flat = local[take].permute(2, 1, 0, 3, 4).reshape(heads, most, -1)
+        summed = (weight @ flat).view(heads, most, len(members), *local.shape[2:])
+        real = rank[None, :] < members[:, 1:]
+        state = state.index_copy(0, take[real], summed.permute(2, 1, 0, 3, 4)[real])
+    return state
+
+
+def _alike(first: Tensor, counts: Tensor, device: torch.device) -> tuple[tuple[Tensor, int], ...]:
+    """Sequences of more than one block, grouped by the power of two above their block count."""
+    groups = []
+    power = torch.ceil(torch.log2(counts.double())).long()
+    for value in power[counts > 1].unique().tolist():
+        chosen = power == value
+        members = torch.stack((first[chosen], counts[chosen]), dim=1)
+        groups.append((members.to(device), int(counts[chosen].max())))
+    return tuple(groups)

@@ -76,9 +76,10 @@ class _TokenLogprobs(torch.autograd.Function):
         for rows, target in zip(hidden.split(_PIECE), targets.split(_PIECE), strict=True):
             logits = head_logits(rows, weight, head_fp32=head_fp32).div_(temperature)
             normaliser = logits.logsumexp(-1)
-            logprobs.append(logits.gather(1, target[:, None])[:, 0] - normaliser)
-            probability = (logits - normaliser[:, None]).exp_()
-            entropies.append(normaliser - probability.mul_(logits).sum(-1))
+            logits.sub_(normaliser[:, None])
+            logprobs.append(logits.gather(1, target[:, None])[:, 0])
+            # not normaliser - sum p z: both are large where the entropy is small
+            entropies.append(logits.exp().mul_(logits).sum(-1).neg_())
             normalisers.append(normaliser)
         ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
         ctx.temperature, ctx.head_fp32 = temperature, head_fp32
@@ -99,9 +100,7 @@ class _TokenLogprobs(torch.autograd.Function):
             rows = hidden[piece]
             logits = head_logits(rows, weight, head_fp32=head_fp32).div_(temperature)
             slope = logits.sub_(normalisers[piece, None]).exp_().neg_()
-            slope.scatter_add_(
-                1, targets[piece, None], torch.ones_like(slope[:, :1])
-            )
+            slope.scatter_add_(1, targets[piece, None], torch.ones_like(slope[:, :1]))
             slope.mul_(grad[piece, None] / temperature)
             back = wide if head_fp32 else weight.dtype
             slope = slope.to(back)

@@ -75,14 +75,19 @@ CASES = [
         "[name] at [place]",
         "[name]",
     ),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye.\nP.S. tea", "Bye, ps4"),
+    (
+        "detectable_content:postscript",
+        {"postscript_marker": "P.S."},
+        "Bye.\nP.S. tea",
+        "Bye.\nPS tea",
+    ),
     (
         "detectable_content:postscript",
         {"postscript_marker": "P.P.S"},
         "Bye. P.P.S tea",
         "Bye. P.S. tea",
     ),
-    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a\n**b**\nc"),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b\n---", "* a\n**b**\nc"),
     ("detectable_format:constrained_response", {}, "My answer is no.", "No."),
     (
         "detectable_format:number_highlighted_sections",

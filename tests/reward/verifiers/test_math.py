@@ -89,8 +89,7 @@ def test_a_comparison_past_its_limit_has_no_verdict_and_the_next_one_works(monke
     checker = SymbolicChecker(limit_s=1.0)
     monkeypatch.setattr(math_rule, "shared_checker", lambda: checker)
     verdict = judge(r"\boxed{9^{9^{9^{9}}} - 1}", "x^2")
-    assert not verdict.valid
-    assert "symbolic comparison" in verdict.reason
+    assert verdict == Verdict(0.0, valid=False, reason="symbolic comparison passed 1 s")
     assert judge(r"\boxed{\frac{2}{4}}", r"\frac12") == Verdict(
         1.0, reason=r"\frac{2}{4} equals \frac12"
     )
@@ -103,6 +102,24 @@ def test_a_child_that_died_is_replaced():
     os.kill(checker._child.pid, signal.SIGKILL)
     checker._child.wait()
     assert checker.equal(gold="1/2", response=r"\boxed{1/3}") is False
+    checker.close()
+
+
+def test_a_child_that_dies_at_work_gives_no_verdict():
+    checker = SymbolicChecker(limit_s=30.0)
+    assert checker.equal(gold="1", response="1")
+    killer = threading.Timer(0.3, checker._child.kill)
+    killer.start()
+    with pytest.raises(RuntimeError, match=r"symbolic comparison ended early \(out of memory\?\)"):
+        checker.equal(gold="x^2", response=r"\boxed{9^{9^{9^{9}}} - 1}")
+    killer.join()
+    checker.close()
+
+
+def test_a_reference_that_cannot_be_read_is_told():
+    checker = SymbolicChecker()
+    with pytest.raises(RuntimeError, match="cannot read the reference answer"):
+        checker.equal(gold="}", response="5")
     checker.close()
 
 

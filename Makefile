@@ -1,0 +1,38 @@
+# make demo and make test are all that a newcomer needs; both set up first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+
+.PHONY: setup demo test test-all lint bench
+
+setup: $(STAMP)
+
+# torch first and alone: its build for this machine decides what the rest may be.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/align run stages/recipes/tiny.yaml --out runs/demo
+
+test: setup
+	$(PYTEST) -n 2 -m "not slow and not multi and not gpu"
+
+test-all: setup
+	$(PYTEST) -n 2 -m "not multi and not gpu"
+	$(PYTEST) -m "multi and not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks.cpu

@@ -1,0 +1,238 @@
+"""Prompts to judged groups: what every stage that samples from a policy shares.
+
+row -> Prompt (row and tokens) -> Request -> Completion -> text -> Score, one group a prompt.
+
+A response that is no legal turn (nothing but white space, or the text of a special token inside) is
+not handed to a judge: nobody could render it. That is a verdict, not a failure, so it scores 0, the
+lowest score that a hierarchy gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from align.course import Job
+from align.data.mixture import mix
+from align.data.render import render_item, render_prompt
+from align.data.rows import PromptRow, Row
+from align.data.sources import DataConfig, SourceReport, read_source
+from align.experience import Group, response_text
+from model import HybridForCausalLM
+from reward.scorer import InProcessScorer, load_scorer
+from reward.types import Item, Score, Scorer
+from rollout.native.engine import NativeEngine
+from rollout.types import Engine, Request, Sampling
+
+MALFORMED = "malformed: "
+PAGE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as a row and as the tokens that a policy is given."""
+
+    row: PromptRow
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of all sources in order, never none.
+
+    Args:
+        data: for the manifest, one entry per source: what was read, skipped, too long and taken.
+    """
+
+    items: tuple[Prompt, ...]
+    data: tuple[Mapping[str, Any], ...]
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt.tokens) for prompt in self.items)
+
+
+def read_prompts(
+    data: Sequence[DataConfig], *, job: Job, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> Prompts:
+    """The prompts of a stage's `data:` list, each of which somebody can judge.
+
+    Args:
+        max_tokens: longest prompt; longer ones are an error, or counted, as `too_long` says.
+
+    Raises:
+        ValueError: if a row is no prompt, is too long, or can be judged by nobody.
+    """
+    given: list[list[Prompt]] = []
+    reports: list[SourceReport] = []
+    too_long: list[int] = []
+    for source in data:
+        rows, report = read_source(
+            source, base=job.base, inputs=job.inputs, seed=job.seed, kind="prompt"
+        )
+        found = [_prompt(row, tokenizer, has_reward="reward" in job.inputs) for row in rows]
+        fitting = [prompt for prompt in found if len(prompt.tokens) <= max_tokens]
+        if not fitting or (len(fitting) < len(found) and source.too_long != "skip"):
+            long = next(prompt for prompt in found if len(prompt.tokens) > max_tokens)
+            raise ValueError(
+                f"{long.row.origin}: the prompt has {len(long.tokens)} tokens, expected at most "
+                f"{max_tokens} before its response; raise the stage's limit, or set too_long: skip "
+                f"({len(fitting)} of {len(found)} prompts of {source.label} fit)"
+            )
+        given.append(fitting)
+        reports.append(report)
+        too_long.append(len(found) - len(fitting))
+    lengths = [[len(prompt.tokens) for prompt in each] for each in given]
+    taken = mix(lengths, [source.weight for source in data], seed=job.seed)
+    return Prompts(
+        items=tuple(each[i] for each, rows in zip(given, taken, strict=True) for i in rows),
+        data=tuple(
+            {
+                **dataclasses.asdict(report),
+                "too_long": long,
+                "taken": len(rows),
+                "tokens": sum(sizes[i] for i in rows),
+            }
+            for report, long, rows, sizes in zip(reports, too_long, taken, lengths, strict=True)
+        ),
+    )
+
+
+def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, *, has_reward: bool) -> Prompt:
+    if not isinstance(row, PromptRow):
+        raise ValueError(
+            f"{row.origin}: a {type(row).__name__}, expected a prompt; set `as: prompt` on its "
+            "source or take another"
+        )
+    if not row.verifier and not has_reward:
+        raise ValueError(
+            f"{row.origin}: names no verifier and the stage has no reward model, so no response to "
+            "it can be judged; name a verifier, or add `reward:` to the stage"
+        )
+    return Prompt(row, render_prompt(row.prompt, tokenizer))
+
+
+def open_scorer(job: Job, tokenizer: PreTrainedTokenizerBase) -> Scorer:
+    """The judge of a stage: its reward artifact if it names one, else the rules alone."""
+    if "reward" not in job.inputs:
+        return InProcessScorer()
+
+    def encode(item: Item) -> tuple[int, ...]:
+        return render_item(item, tokenizer)
+
+    def encode_prompt(item: Item) -> tuple[int, ...]:
+        return render_prompt(item.messages, tokenizer)
+
+    return load_scorer(
+        job.inputs["reward"],
+        encode,
+        encode_prompt=encode_prompt,
+        device=job.accelerator.device,
+    )
+
+
+def open_engine(
+    model: HybridForCausalLM | PeftModel, *, max_concurrent: int, max_tokens: int
+) -> NativeEngine:
+    """An engine on the live weights, adapters on, with room for its slots at their longest.
+
+    Args:
+        max_concurrent: responses decoded at once.
+        max_tokens: longest prompt and response together.
+    """
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(plain, HybridForCausalLM), "adapters wrap the project's own model"
+    return NativeEngine(
+        plain,
+        max_slots=max_concurrent + 1,
+        max_cache_tokens=(max_concurrent + 1) * (max_tokens + PAGE_TOKENS),
+        page_tokens=PAGE_TOKENS,
+    )
+
+
+def answer(
+    engine: Engine,
+    prompts: Sequence[tuple[Prompt, int]],
+    *,
+    sampling: Sampling,
+    num_samples: int,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: Scorer,
+) -> list[Group]:
+    """One judged group per prompt.
+
+    Args:
+        prompts: each with the seed of its samples.
+        sampling: of all; its seed is not used.
+    """
+    requests = [
+        Request(
+            request_id=str(prompt.row.origin),
+            prompt=prompt.tokens,
+            sampling=dataclasses.replace(sampling, seed=seed),
+            num_samples=num_samples,
+        )
+        for prompt, seed in prompts
+    ]
+    done = engine.generate(requests)
+    texts = [response_text(completion, tokenizer) for completion in done]
+    rows = [prompt.row for prompt, _ in prompts for _ in range(num_samples)]
+    scores = judge(rows, texts, tokenizer=tokenizer, scorer=scorer)
+    starts = range(0, len(done), num_samples)
+    return [
+        Group(prompt.row, tuple(done[i : i + num_samples]), tuple(scores[i : i + num_samples]))
+        for (prompt, _), i in zip(prompts, starts, strict=True)
+    ]
+
+
+def judge(
+    rows: Sequence[PromptRow],
+    texts: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: Scorer,
+) -> list[Score]:
+    """One score per response; malformed ones score 0 without a judge."""
+    faults = [malformed(text, tokenizer) for text in texts]
+    items = [
+        row.item(text) for row, text, fault in zip(rows, texts, faults, strict=True) if not fault
+    ]
+    judged = iter(scorer.score(items) if items else [])
+    return [
+        Score(0.0, reason=MALFORMED + fault, version=scorer.version) if fault else next(judged)
+        for fault in faults
+    ]
+
+
+def malformed(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why a text is no legal turn of the assistant; "" if it is one."""
+    if not text.strip():
+        return "empty"
+    found = next((token for token in tokenizer.all_special_tokens if token in text), "")
+    return f"special token {found}" if found else ""
+
+
+def seed_of(*counters: object) -> int:
+    """A sampling seed in [0, 2^63) that is unrelated between any two tuples of counters.
+
+    Example:
+        >>> seed_of(0, 1) == seed_of(0, 1), seed_of(0, 1) == seed_of(1, 0)
+        (True, False)
+    """
+    text = "/".join(str(counter) for counter in counters)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a response; rendering a prompt has made sure that there is one."""
+    token = tokenizer.eos_token_id
+    assert isinstance(token, int), "render_prompt refuses tokenizers without an end-of-turn token"
+    return token

@@ -1,0 +1,329 @@
+"""Kind `grpo`: online RL. Sample groups with the current policy, judge, learn from the difference.
+
+A rollout covers `updates_per_rollout` optimizer steps of `prompts_per_step` prompts each. The first
+of them is on-policy; what the others compare with, the behaviour log-probabilities, is fixed when
+the rollout is made. The engine reads the trainer's own weights, so nothing is copied, and the
+version of a completion is the number of updates that its policy had seen.
+
+A killed run continues exactly: samples depend on (seed, number of the prompt, sample), and
+experience that waits for its step is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from peft import PeftModel
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from align.advantage import Advantages, Scale, advantages
+from align.course import Job, Outcome, Step
+from align.data.batch import Batch, Example
+from align.data.packing import pack
+from align.data.sources import DataConfig
+from align.experience import describe, examples_of
+from align.loop import TrainConfig
+from align.losses.policy import PolicyLossConfig, policy_count, policy_loss
+from align.losses.types import Loss
+from align.prompts import (
+    Prompt,
+    Prompts,
+    answer,
+    end_of_turn,
+    open_engine,
+    open_scorer,
+    read_prompts,
+    seed_of,
+)
+from align.trainers.dpo import reference_of
+from align.trainers.lm import adapted, fit, open_start
+from model import HybridForCausalLM
+from reward.types import Scorer
+from rollout.types import Sampling
+
+
+class GrpoConfig(TrainConfig):
+    """Group-relative policy optimisation on prompts that somebody can judge."""
+
+    data: tuple[DataConfig, ...] = Field(min_length=1)
+    """Where the prompts come from."""
+    prompts_per_step: int = Field(default=16, ge=1)
+    """Prompts per optimizer step, over all processes."""
+    group_size: int = Field(default=8, ge=2)
+    """Responses sampled to each prompt."""
+    updates_per_rollout: int = Field(default=1, ge=1)
+    """Optimizer steps that one rollout is cut into; 1 keeps every step on-policy."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest response in tokens, the end-of-turn token counted."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of sampling and of the policy that is trained."""
+    loss: PolicyLossConfig = PolicyLossConfig()
+    """Objective and its bounds."""
+    scale: Scale = "group"
+    """What advantages are divided by: the deviation of the group, of the batch, or nothing."""
+    behaviour: Literal["trainer", "engine"] = "trainer"
+    """Whose log-probabilities the ratio is taken to; trainer makes the first ratio exactly 1."""
+    max_concurrent: int = Field(default=256, ge=1)
+    """Responses decoded at once by one process; bounds memory, never changes a result."""
+
+    @model_validator(mode="after")
+    def _steps_are_made_of_prompts(self) -> Self:
+        unused = {"batch_sequences", "batch_items"} & self.model_fields_set
+        if unused:
+            raise ValueError(
+                f"{sorted(unused)[0]} is not used by grpo, whose steps are made of prompts; "
+                "remove it and set prompts_per_step"
+            )
+        if self.max_new_tokens >= self.sequence_tokens:
+            raise ValueError(
+                f"max_new_tokens = {self.max_new_tokens}, expected less than sequence_tokens = "
+                f"{self.sequence_tokens}, which holds prompt and response"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a course samples and judges with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    scorer: Scorer
+
+
+class GrpoCourse:
+    """Sampling and learning by turns; implements `align.course.Course`.
+
+    Args:
+        policy: the live model, possibly with adapters.
+        reference: as `align.trainers.dpo.DpoCourse`; None if loss.beta is 0.
+    """
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        job: Job,
+        *,
+        policy: HybridForCausalLM | PeftModel,
+        reference: HybridForCausalLM | PeftModel | None,
+        prompts: Prompts,
+        tools: Tools,
+    ) -> None:
+        self.config, self.job = config, job
+        self.policy, self.reference = policy, reference
+        self.prompts, self.tools = prompts.items, tools
+        self.num_prompts = (
+            config.max_steps * config.prompts_per_step
+            if config.max_steps
+            else config.epochs * len(prompts.items)
+        )
+        self.num_steps = -(-self.num_prompts // config.prompts_per_step)
+        self.engine = open_engine(
+            policy,
+            max_concurrent=config.max_concurrent,
+            max_tokens=prompts.max_tokens + config.max_new_tokens,
+        )
+        # Experience of the rollout's later steps, the next one first.
+        self.waiting: list[list[Example]] = []
+        self.is_on_policy = True
+
+    def step(self, index: int) -> Step:
+        """This process's share of step `index`; samples a new rollout when the last is used up."""
+        place = index % self.config.updates_per_rollout
+        metrics: dict[str, float] = {}
+        if place == 0:
+            self.waiting, metrics = self._rollout(index)
+        if not self.waiting:
+            raise RuntimeError(
+                f"{self.job.name}: step {index + 1} lies inside a rollout that is not there; "
+                "resume from a checkpoint of this run"
+            )
+        self.is_on_policy = place == 0
+        return Step(self._batches(self.waiting.pop(0)), metrics)
+
+    def count(self, batch: Batch) -> float:
+        return policy_count(batch.weights, batch.packed.lengths, self.config.loss)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        out = self._forward(model, batch)
+        assert batch.behaviour_logprobs is not None, "experience holds behaviour log-probabilities"
+        behaviour = batch.behaviour_logprobs
+        metrics: dict[str, tuple[Tensor, Tensor]] = {}
+        maxima: dict[str, Tensor] = {}
+        if self.is_on_policy:
+            # Before any bound: how far the engine's numbers are from the trainer's.
+            gap = ((out.logprobs.detach() - behaviour) * batch.weights).abs()
+            metrics["engine/gap"] = (gap.sum(), batch.weights.sum())
+            maxima["engine/gap_max"] = gap.max()
+            if self.config.behaviour == "trainer":
+                # The same numbers, so the ratio is 1 to the last bit.
+                behaviour = out.logprobs.detach()
+        loss = policy_loss(
+            out.logprobs,
+            behaviour=behaviour,
+            advantages=_given(batch.advantages),
+            weights=batch.weights,
+            lengths=batch.packed.lengths,
+            config=self.config.loss,
+            reference=self._reference_logprobs(batch),
+            entropy=out.entropy,
+            aux=out.aux_loss,
+        )
+        return replace(loss, metrics={**loss.metrics, **metrics}, maxima={**loss.maxima, **maxima})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Experience that still waits for its step, as plain values."""
+        return {
+            "waiting": [
+                [(e.tokens, e.weights, e.place, e.behaviour_logprobs, e.advantages) for e in later]
+                for later in self.waiting
+            ]
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.waiting = [[Example(*values) for values in later] for later in state["waiting"]]
+
+    def _rollout(self, index: int) -> tuple[list[list[Example]], dict[str, float]]:
+        """Experience of this process for the steps from `index` on, and numbers of all processes.
+
+        Groups are judged against themselves; a deviation over the batch is over all processes.
+        """
+        config, accelerator = self.config, self.job.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        own: list[tuple[Prompt, int]] = []
+        sizes: list[int] = []
+        for step in range(index, min(index + config.updates_per_rollout, self.num_steps)):
+            mine = self._prompts_of(step)[rank::world]
+            own += mine
+            sizes.append(len(mine))
+        self.engine.policy_version = index
+        groups = answer(
+            self.engine,
+            own,
+            sampling=Sampling(
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                stop_token_ids=(end_of_turn(self.tools.tokenizer),),
+            ),
+            num_samples=config.group_size,
+            tokenizer=self.tools.tokenizer,
+            scorer=self.tools.scorer,
+        )
+        every = gather_object([groups]) if world > 1 else [groups]
+        found = advantages([g.scores for share in every for g in share], config.scale)
+        metrics = describe([group for share in every for group in share], found)
+        first = sum(len(share) for share in every[:rank])
+        steps: list[list[Example]] = []
+        for number, size in enumerate(sizes):
+            begin = sum(sizes[:number])
+            values = found.values[first + begin : first + begin + size]
+            part = Advantages(values, num_invalid=0, num_flat=0)
+            steps.append(examples_of(groups[begin : begin + size], part))
+        if config.behaviour == "trainer":
+            steps[1:] = [self._rescored(examples) for examples in steps[1:]]
+        return steps, metrics
+
+    def _prompts_of(self, step: int) -> list[tuple[Prompt, int]]:
+        """All processes' prompts of a step, each with its seed: a function of the step alone."""
+        size, number, seed = self.config.prompts_per_step, len(self.prompts), self.job.seed
+        places = range(step * size, min((step + 1) * size, self.num_prompts))
+        orders = {}
+        for epoch in {place // number for place in places}:
+            orders[epoch] = list(range(number))
+            if self.config.shuffle:
+                random.Random(f"{seed}/{epoch}").shuffle(orders[epoch])
+        return [
+            (self.prompts[orders[place // number][place % number]], seed_of(seed, place))
+            for place in places
+        ]
+
+    def _batches(self, examples: Sequence[Example]) -> tuple[Batch, ...]:
+        lengths = [len(example.tokens) for example in examples]
+        runs = pack(lengths, self.config.sequence_tokens)
+        size = self.config.micro_sequences
+        micro = [runs[i : i + size] for i in range(0, len(runs), size)]
+        return tuple(Batch.from_examples(examples[m[0].start : m[-1].stop]) for m in micro)
+
+    @torch.no_grad()
+    def _rescored(self, examples: Sequence[Example]) -> list[Example]:
+        """The same examples with the trainer's own log-probabilities, packed as they will be."""
+        device = self.job.accelerator.device
+        rescored: list[Example] = []
+        for batch in self._batches(examples):
+            with self._precision():
+                logprobs = self._forward(self.policy, batch.to(device)).logprobs.tolist()
+            start = 0
+            for length in batch.packed.lengths:
+                example = examples[len(rescored)]
+                shifted = (0.0, *logprobs[start : start + length - 1])
+                weighed = zip(shifted, example.weights, strict=True)
+                behaviour = tuple(x if weight else 0.0 for x, weight in weighed)
+                rescored.append(replace(example, behaviour_logprobs=behaviour))
+                start += length
+        return rescored
+
+    def _forward(self, model: nn.Module, batch: Batch) -> Any:
+        return model(
+            packed=batch.packed,
+            targets=batch.targets,
+            temperature=self.config.temperature,
+            with_entropy=True,
+        )
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: Batch) -> Tensor | None:
+        if self.reference is None:
+            return None
+        with reference_of(self.reference) as reference:
+            logprobs: Tensor = self._forward(reference, batch).logprobs
+        return logprobs
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.job.accelerator.device.type, dtype=torch.bfloat16)
+
+
+def _given(extra: Tensor | None) -> Tensor:
+    assert extra is not None, "experience holds advantages"
+    return extra
+
+
+def run(config: GrpoConfig, job: Job) -> Outcome:
+    """Trains job.start on its own judged responses and writes the policy to job.artifact.
+
+    Raises:
+        ValueError: if a row, a file or the starting policy is not what it should be, or the model
+            is sharded (the engine needs whole weights).
+        RuntimeError: as `align.loop.train`.
+    """
+    if job.accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "grpo: the native engine needs whole weights on each process, and FSDP shards them; "
+            "launch with ddp or on one process"
+        )
+    start, tokenizer = open_start(config, job)
+    prompts = read_prompts(
+        config.data,
+        job=job,
+        tokenizer=tokenizer,
+        max_tokens=config.sequence_tokens - config.max_new_tokens,
+    )
+    policy = adapted(start, config, job)
+    reference: HybridForCausalLM | PeftModel | None = None
+    if config.loss.beta:
+        reference = policy if config.lora else copy.deepcopy(start).requires_grad_(False)
+    tools = Tools(tokenizer, open_scorer(job, tokenizer))
+    course = GrpoCourse(
+        config, job, policy=policy, reference=reference, prompts=prompts, tools=tools
+    )
+    metrics = fit(course, policy, tokenizer, config=config, job=job)
+    return Outcome(metrics, prompts.data)

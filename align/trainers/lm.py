@@ -1,0 +1,115 @@
+"""Kind `lm`: next-token training on plain text; also the course that SFT shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from align.course import Course, Job, Outcome, Step
+from align.data.batch import Batch
+from align.data.loader import PackedData
+from align.data.sources import DataConfig
+from align.data.supply import supply_texts
+from align.loop import TrainConfig, train
+from align.lora import apply_lora
+from align.losses.lm import lm_loss
+from align.losses.types import Loss
+from align.policy import load_policy, save_policy
+from model import HybridForCausalLM
+
+
+class LmConfig(TrainConfig):
+    """Next-token training on text rows, every token of which is trained."""
+
+    data: tuple[DataConfig, ...] = Field(min_length=1)
+    """Where the rows come from, and how much of each."""
+
+
+@dataclass(frozen=True)
+class FixedCourse:
+    """A course over rows that are known beforehand: each step is a function of its index."""
+
+    data: PackedData
+    accelerator: Accelerator
+
+    @property
+    def num_steps(self) -> int:
+        return self.data.num_steps
+
+    def step(self, index: int) -> Step:
+        accelerator = self.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        return Step(self.data.batches(index, rank, world))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise RuntimeError(
+                f"checkpoint holds course state {sorted(state)}, expected none for fixed rows; "
+                "it belongs to another kind of stage, move it aside"
+            )
+
+
+class LmCourse(FixedCourse):
+    """Weighted next-token loss over packed examples; counts the weights."""
+
+    def count(self, batch: Batch) -> float:
+        return float(batch.weights.sum())
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        out = model(packed=batch.packed, targets=batch.targets)
+        return lm_loss(out.logprobs, batch.weights, aux=out.aux_loss)
+
+
+def open_start(config: TrainConfig, job: Job) -> tuple[HybridForCausalLM, PreTrainedTokenizerBase]:
+    """The policy that a stage starts from, on the stage's device.
+
+    Trained weights are fp32; the frozen base under an adapter may be bf16.
+    """
+    is_frozen = config.lora is not None and config.precision == "bf16"
+    dtype = torch.bfloat16 if is_frozen else torch.float32
+    return load_policy(job.start, dtype=dtype, device=job.accelerator.device)
+
+
+def adapted(
+    model: HybridForCausalLM, config: TrainConfig, job: Job
+) -> HybridForCausalLM | PeftModel:
+    """The model as it will be trained: itself, or with new adapters."""
+    return model if config.lora is None else apply_lora(model, config.lora, seed=job.seed)
+
+
+def fit(
+    course: Course,
+    model: HybridForCausalLM | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config: TrainConfig,
+    job: Job,
+) -> dict[str, float]:
+    """Trains along the course and leaves the policy in job.artifact; returns the final metrics."""
+    metrics = train(course, model, config=config, job=job)
+    save_policy(model, tokenizer, job.artifact, base=job.start)
+    return metrics
+
+
+def run(config: LmConfig, job: Job) -> Outcome:
+    """Trains job.start on text and writes the policy to job.artifact.
+
+    Raises:
+        ValueError: if a row, a file or the starting policy is not what it should be.
+        RuntimeError: as `align.loop.train`.
+    """
+    model, tokenizer = open_start(config, job)
+    data, sources = supply_texts(config, job, tokenizer)
+    course = LmCourse(data, job.accelerator)
+    metrics = fit(course, adapted(model, config, job), tokenizer, config=config, job=job)
+    return Outcome(metrics, sources)

@@ -1,0 +1,248 @@
+"""RewardModel: the trunk of a policy, one scalar head per signal, and a gate over dimensions.
+
+The heads read the hidden state at the last token of each sequence, which is the end of the
+response's turn; the gate reads it at the last token of the prompt, so it cannot be moved by what
+the response says. On disk it is an ordinary trunk checkpoint with two files beside it:
+`heads.safetensors` and `reward.json` (signals, hierarchy, version).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model import HybridModel, Packed
+from model.moe import router_losses
+from reward.hierarchy import Hierarchy
+
+HEADS_FILE = "heads.safetensors"
+REWARD_FILE = "reward.json"
+HEADS = ("values.weight", "gate.weight", "gate.bias")
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """What a packed call of the reward model gives.
+
+    Args:
+        values: [S, N] fp32, each sequence's value under each head; any real number.
+        overall: [S] fp32, the heads' gate-weighted total: the hierarchy's weights on raw values
+            instead of their sigmoids, so that pairs labelled with nothing finer can be learned
+            without saturation. Floors and ceilings are the score's, not its.
+        gate: [S, M] fp32, weights of the hierarchy's M dimensions, sum 1; None without prompt
+            lengths or without a learned gate.
+        aux_loss: the router's losses, a mean over the T tokens; None if every coefficient is 0.
+    """
+
+    values: Tensor
+    overall: Tensor
+    gate: Tensor | None
+    aux_loss: Tensor | None
+
+
+class _RewardFile(BaseModel):
+    """What `reward.json` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    """1; another number was written by another release."""
+    signals: tuple[str, ...]
+    """Names of the heads, in the order of their rows."""
+    hierarchy: Hierarchy
+    """The tree that the heads were trained for."""
+    version: str
+    """Digest of tree and heads."""
+
+
+class RewardModel(nn.Module):
+    """Scores whole conversations, signal by signal.
+
+    Args:
+        trunk: of the policy it starts from; used, not copied.
+        hierarchy: its heads become rows of one linear layer, its dimensions those of the gate.
+        seed: of the heads' first values; the random state outside is left as it was.
+
+    Raises: ValueError if the hierarchy declares no head.
+
+    Example:
+        >>> from model import preset
+        >>> from reward.hierarchy import HIERARCHY
+        >>> model = RewardModel(HybridModel(preset("tiny", num_hidden_layers=2)), HIERARCHY)
+        >>> model(Packed.from_sequences([[1, 2, 3], [4]])).values.shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(self, trunk: HybridModel, hierarchy: Hierarchy, *, seed: int = 0) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.hierarchy = hierarchy
+        self.signals = hierarchy.heads
+        width, device = trunk.config.hidden_size, trunk.embed_tokens.weight.device
+        if not self.signals:
+            raise ValueError(
+                f"hierarchy {hierarchy.name!r} declares no head, so there is nothing to train; "
+                "set head: true on a signal"
+            )
+        weights = torch.tensor([d.weight for d in hierarchy.dimensions.values()])
+        # fp32 whatever the trunk's dtype: differences of scores are smaller than bf16 resolves.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            # No bias: Bradley-Terry compares scores, so a common shift would never be trained.
+            self.values = nn.Linear(width, len(self.signals), bias=False, dtype=torch.float32)
+            self.values.weight.normal_(std=(width + 1) ** -0.5)
+            self.gate: nn.Linear | None = None
+            if hierarchy.gate == "learned":
+                # Starts as the declared gate, whatever the prompt.
+                self.gate = nn.Linear(width, len(weights), dtype=torch.float32)
+                self.gate.weight.zero_()
+                self.gate.bias.copy_((weights / weights.sum()).log())
+        self.to(device)
+
+    def forward(self, packed: Packed, prompt_lengths: Sequence[int] | None = None) -> RewardOutput:
+        """Values of S sequences, each ending in the end-of-turn token of its response.
+
+        Args:
+            prompt_lengths: tokens of each sequence up to its response; needed for a learned gate.
+
+        Raises: ValueError if there are not S prompt lengths, or one is not 1 to length - 1.
+        """
+        ends = list(accumulate(packed.lengths))
+        hidden, router_logits = self.trunk.run(packed)
+        gate = None
+        # Autocast would run the heads in bf16 again.
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = self.values(_rows(hidden, [end - 1 for end in ends]))
+            if self.gate is not None and prompt_lengths is not None:
+                _check_prompts(packed.lengths, prompt_lengths)
+                starts = [0, *ends[:-1]]
+                last = [s + p - 1 for s, p in zip(starts, prompt_lengths, strict=True)]
+                gate = self.gate(_rows(hidden, last)).softmax(-1)
+            overall = self._overall(values, gate)
+        aux_loss = router_losses(self.trunk.config, router_logits)
+        return RewardOutput(values, overall, gate, aux_loss)
+
+    def _overall(self, values: Tensor, gate: Tensor | None) -> Tensor:
+        tree = self.hierarchy.dimensions
+        columns, weights, dimension_of = [], [], []
+        for place, dimension in enumerate(tree.values()):
+            heads = {n: s.weight for n, s in dimension.signals.items() if s.head}
+            for name, weight in heads.items():
+                columns.append(self.signals.index(name))
+                weights.append(weight / sum(heads.values()))
+                dimension_of.append(place)
+        if gate is None:
+            gate = values.new_tensor([[d.weight for d in tree.values()]]).expand(len(values), -1)
+        shares = gate[:, sorted(set(dimension_of))].sum(-1, keepdim=True)
+        shared = values[:, columns] * values.new_tensor(weights) * gate[:, dimension_of]
+        return (shared / shares).sum(-1)
+
+    @property
+    def version(self) -> str:
+        """The tree's version and a digest of the heads.
+
+        The trunk is not read: no two training runs end in the same heads on different trunks.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._heads().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return f"{self.hierarchy.version}+{digest.hexdigest()[:12]}"
+
+    def _heads(self) -> dict[str, Tensor]:
+        heads = {"values.weight": self.values.weight.detach()}
+        if self.gate is not None:
+            heads["gate.weight"] = self.gate.weight.detach()
+            heads["gate.bias"] = self.gate.bias.detach()
+        return heads
+
+    def save(self, folder: Path) -> None:
+        """Writes trunk, heads and tree into `folder`, which may exist; the tokenizer is not its."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.trunk.save_pretrained(folder)
+        save_file({n: t.cpu().contiguous() for n, t in self._heads().items()}, folder / HEADS_FILE)
+        told = _RewardFile(
+            format=1, signals=self.signals, hierarchy=self.hierarchy, version=self.version
+        )
+        (folder / REWARD_FILE).write_text(told.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> RewardModel:
+        """The reward model in `folder`, in eval mode.
+
+        Args:
+            dtype: of the trunk; the heads are always fp32.
+
+        Raises: ValueError if the folder holds no reward model, or its files do not belong together.
+        """
+        told = _read_reward_file(folder)
+        if told.signals != told.hierarchy.heads:
+            raise ValueError(
+                f"{folder / REWARD_FILE}: signals {told.signals} are not the heads of its "
+                f"hierarchy {told.hierarchy.heads}; train the reward stage anew"
+            )
+        if not (folder / HEADS_FILE).exists():
+            raise ValueError(f"{folder}: no {HEADS_FILE}; the reward artifact is not complete")
+        trunk = HybridModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = cls(trunk, told.hierarchy)
+        heads, wanted = load_file(folder / HEADS_FILE), model._heads()
+        shapes = {name: tuple(t.shape) for name, t in heads.items()}
+        if shapes != {name: tuple(t.shape) for name, t in wanted.items()}:
+            raise ValueError(
+                f"{folder / HEADS_FILE}: {shapes} do not fit {REWARD_FILE} beside it; "
+                "train the reward stage anew"
+            )
+        with torch.no_grad():
+            for name, tensor in wanted.items():
+                tensor.copy_(heads[name])
+        if model.version != told.version:
+            raise ValueError(
+                f"{folder / HEADS_FILE}: version {model.version}, but {REWARD_FILE} says "
+                f"{told.version}; one of the files was changed, train the reward stage anew"
+            )
+        return model.to(device).eval()
+
+
+def _rows(hidden: Tensor, rows: list[int]) -> Tensor:
+    return hidden.index_select(0, torch.tensor(rows, device=hidden.device)).float()
+
+
+def _check_prompts(lengths: tuple[int, ...], prompt_lengths: Sequence[int]) -> None:
+    if len(prompt_lengths) != len(lengths):
+        raise ValueError(f"{len(prompt_lengths)} prompt lengths for {len(lengths)} sequences")
+    for index, (length, prompt) in enumerate(zip(lengths, prompt_lengths, strict=True)):
+        if not 1 <= prompt < length:
+            raise ValueError(
+                f"sequence {index}: prompt length {prompt}, expected 1 to {length - 1}: "
+                "a prompt and a response of one token or more each"
+            )
+
+
+def _read_reward_file(folder: Path) -> _RewardFile:
+    path = folder / REWARD_FILE
+    if not path.exists():
+        raise ValueError(f"{folder}: no {REWARD_FILE}; expected the artifact of a reward stage")
+    try:
+        told = _RewardFile.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, json.JSONDecodeError) as error:
+        first = str(error).replace("\n", " ")[:200]
+        raise ValueError(
+            f"{path}: cannot read it ({first}); train the reward stage anew"
+        ) from error
+    if told.format != 1:
+        raise ValueError(f"{path}: format {told.format}, expected 1; use the release that wrote it")
+    return told

@@ -1,0 +1,249 @@
+"""The command `align`: run, check, eval, generate, score, export.
+
+Heavy imports stand inside the commands, so that `--help` and a misspelt option answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from stages.recipe import Recipe
+
+# Dependencies read these once, at import: nothing is sent anywhere unless the user asked for it.
+for _switch in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+    os.environ.setdefault(_switch, "1")
+
+USER_ERROR, WORLD_ERROR = 2, 1
+
+app = typer.Typer(
+    name="align",
+    help="Post-training of hybrid language models: one file climbs from SFT to online RL.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe, a YAML file.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(help="Artifact or checkpoint folder.", show_default=False)]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value over the file, such as sft-short.optim.lr=2e-6."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<name> if absent.")] = None,
+    sets: Sets = None,
+    until: Annotated[str, typer.Option(help="Last stage to run.")] = "",
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Climbs a recipe: finished stages are skipped, half-done ones resume."""
+    with _guarded(traceback):
+        from align.evals import run_eval
+        from stages.checks import cross_check
+        from stages.runner import Ground, climb
+        from stages.start import make_start
+        from stages.table import eval_table
+
+        loaded = _load(recipe, sets)
+        cross_check(loaded, Path.cwd())
+        accelerator = _accelerator()
+        console = Console(stderr=True, highlight=False)
+
+        def say(line: str) -> None:
+            if accelerator.is_main_process:
+                console.print(line, markup=False)
+
+        ground = Ground(
+            run=out or Path("runs") / loaded.name,
+            base=Path.cwd(),
+            accelerator=accelerator,
+            run_eval=run_eval,
+            make_start=make_start,
+            say=say,
+        )
+        report = climb(loaded, ground, until=until)
+        if accelerator.is_main_process:
+            _show(report.resolved() if as_json else eval_table(report.rows))
+        accelerator.end_training()
+
+
+@app.command()
+def check(
+    recipe: RecipeFile,
+    sets: Sets = None,
+    files: Annotated[
+        bool, typer.Option("--files/--without-files", help="Whether data files have to exist.")
+    ] = True,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Reads and cross-checks a recipe and prints what it will do; trains nothing."""
+    with _guarded(traceback):
+        from stages.checks import cross_check
+        from stages.plan import plan, plan_text
+
+        loaded = _load(recipe, sets)
+        cross_check(loaded, Path.cwd(), with_files=files)
+        _show(plan(loaded) if as_json else plan_text(loaded))
+
+
+@app.command("eval")
+def evaluate(
+    recipe: RecipeFile,
+    policy: Folder,
+    parent: Annotated[Path | None, typer.Option(help="Policy that it was made from.")] = None,
+    reward: Annotated[Path | None, typer.Option(help="Reward artifact that judges.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Name of an eval; all if absent.")] = None,
+    sets: Sets = None,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Runs a recipe's evals on one policy or reward artifact."""
+    with _guarded(traceback):
+        from align.evals import run_eval
+        from stages.commands import chosen_evals, result_table
+
+        loaded = _load(recipe, sets)
+        results = [
+            run_eval(
+                config,
+                policy=policy,
+                parent=parent,
+                inputs={"reward": reward} if reward else {},
+                base=Path.cwd(),
+                seed=loaded.head.seed,
+            )
+            for config in chosen_evals(loaded, only or [])
+        ]
+        as_values = [json.loads(result.to_json()) for result in results]
+        _show(as_values if as_json else result_table(results))
+
+
+@app.command()
+def generate(
+    policy: Folder,
+    prompt: Annotated[str, typer.Argument(help="What the user says; - reads standard input.")],
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Probability mass to sample from.")] = 1.0,
+    num_samples: Annotated[int, typer.Option(min=1, help="Responses.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Answers a prompt with the policy of an artifact."""
+    with _guarded(traceback):
+        from rollout.types import Sampling
+        from stages.commands import answer
+
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        )
+        text = sys.stdin.read() if prompt == "-" else prompt
+        answers = answer(policy, text, system=system, sampling=sampling, num_samples=num_samples)
+        if as_json:
+            _show(answers)
+        for found in [] if as_json else answers:
+            typer.echo(found["text"])
+
+
+@app.command()
+def score(
+    reward: Folder,
+    items: Annotated[Path, typer.Argument(help="JSONL: messages, response, answer, verifier.")],
+    traceback: Traceback = False,
+) -> None:
+    """Scores responses with a reward artifact; one JSON line per item, down to the signals."""
+    with _guarded(traceback):
+        from stages.commands import scores
+
+        for line in scores(reward, items):
+            typer.echo(json.dumps(line, sort_keys=True))
+
+
+@app.command()
+def export(
+    policy: Folder,
+    folder: Annotated[Path, typer.Argument(help="Where the checkpoint shall stand.")],
+    traceback: Traceback = False,
+) -> None:
+    """Writes a policy as one plain checkpoint, its adapters merged."""
+    with _guarded(traceback):
+        from stages.commands import export_policy
+
+        export_policy(policy, folder)
+        typer.echo(str(folder))
+
+
+def main() -> None:
+    """Entry point of the command `align`."""
+    app()
+
+
+def _load(file: Path, sets: list[str] | None) -> Recipe:
+    from align.evals import EvalConfig
+    from stages.kinds import KINDS
+    from stages.recipe import load_recipe
+
+    return load_recipe(file, sets or [], kinds=KINDS, eval_config=EvalConfig)
+
+
+def _accelerator() -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # Others wait while the main process measures: longer than the default of ten minutes.
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
+
+
+def _show(value: Any) -> None:
+    if isinstance(value, dict | list):
+        typer.echo(json.dumps(value, indent=1, sort_keys=True))
+    elif isinstance(value, str):
+        typer.echo(value)
+    else:
+        Console().print(value)
+
+
+def _quiet() -> None:
+    """Turns off the progress bars of loading and saving; ours say what matters."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@contextmanager
+def _guarded(traceback: bool) -> Iterator[None]:
+    """An error becomes one line and an exit code: 2 for what the user can mend, 1 for the world."""
+    try:
+        _quiet()
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        if traceback:
+            raise
+        first, *rest = str(error).splitlines() or [type(error).__name__]
+        more = " (more with --traceback)" if rest else ""
+        typer.echo(f"error: {first}{more}", err=True)
+        code = USER_ERROR if isinstance(error, ValueError) else WORLD_ERROR
+        raise typer.Exit(code) from error

@@ -1,0 +1,145 @@
+"""Several gloo processes train what one process trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import assert_close
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from align.data.loader import PackedData
+from align.loop import TrainConfig, train
+from align.lora import LoraConfig, apply_lora
+from align.optim import OptimConfig
+from align.trainers.dpo import DpoConfig, DpoCourse
+from align.trainers.lm import LmCourse
+from align.data.sources import DataConfig
+from tests.align import small
+from tests.align.test_loop import Course
+
+kind, folder, stop_before = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+job = small.job(folder)
+accelerator = job.accelerator
+model = small.model()
+optim = OptimConfig(lr=1e-2, clip_norm=0.5)
+# 7 rows in steps of 3: the second process has fewer microbatches, and none in the last step.
+shape = {"sequence_tokens": 24, "batch_items": 3, "epochs": 2}
+
+class Stop(Exception):
+    pass
+
+def stopping(course_type):
+    class Stopping(course_type):
+        def step(self, index):
+            if index == stop_before:
+                raise Stop
+            return super().step(index)
+    return Stopping
+
+if kind == "dpo":
+    model = apply_lora(model, LoraConfig(rank=2), seed=0)
+    config = DpoConfig(data=(DataConfig(path="x"),), optim=optim, lora=LoraConfig(rank=2))
+    data = PackedData(small.pairs(7), **shape)
+    course = stopping(DpoCourse)(data, accelerator, reference=model, config=config)
+else:
+    config = TrainConfig(optim=optim, save_every_steps=2)
+    course = stopping(LmCourse)(PackedData(small.examples(7), **shape), accelerator)
+    if kind == "poisoned":
+        shared = LmCourse.loss
+        def loss(self, model, batch):
+            made = shared(self, model, batch)
+            return made if "rows.jsonl:2" not in batch.places else type(made)(sum=made.sum / 0)
+        type(course).loss = loss
+try:
+    train(course, model, config=config, job=job)
+except Stop:
+    sys.exit(0)
+if accelerator.is_main_process:
+    torch.save(model.state_dict(), folder / "final.pt")
+accelerator.end_training()
+"""
+
+
+def run(kind: str, folder: Path, processes: int, stop_before: int = -1) -> list[str]:
+    """Runs the script on so many processes; returns what each wrote to stderr."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    folder.mkdir(exist_ok=True)
+    started = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, kind, str(folder), str(stop_before)],
+                cwd=ROOT,
+                env={**os.environ, **shared, **own},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return [process.communicate(timeout=240)[1] for process in started]
+
+
+def results(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return torch.load(folder / "final.pt"), [json.loads(line) for line in lines]
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("kind", ["lm", "dpo"])
+def test_two_processes_train_what_one_trains(tmp_path: Path, kind: str) -> None:
+    for processes in (1, 2):
+        told = run(kind, tmp_path / str(processes), processes)
+        assert (tmp_path / str(processes) / "final.pt").exists(), told
+    (one, one_lines), (two, two_lines) = results(tmp_path / "1"), results(tmp_path / "2")
+    for name, weight in one.items():
+        assert_close(name, two[name], weight, 1e-4)
+    assert len(one_lines) == len(two_lines) == 6
+    for first, second in zip(one_lines, two_lines, strict=True):
+        assert first.keys() == second.keys()
+        for name in first.keys() - {"seconds", "tokens_per_s"}:
+            assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.multi
+def test_resumed_run_on_two_processes_is_bit_identical(tmp_path: Path) -> None:
+    run("lm", tmp_path / "whole", 2)
+    run("lm", tmp_path / "cut", 2, stop_before=5)
+    assert not (tmp_path / "cut" / "final.pt").exists()
+    run("lm", tmp_path / "cut", 2)
+    (whole, _), (cut, _) = results(tmp_path / "whole"), results(tmp_path / "cut")
+    for name, weight in whole.items():
+        assert torch.equal(cut[name], weight), name
+    # The number of processes belongs to the checkpoint.
+    (told,) = run("lm", tmp_path / "cut", 1)
+    assert "written by 2 processes, this run has 1" in told
+
+
+@pytest.mark.multi
+def test_every_process_fails_and_names_the_rows(tmp_path: Path) -> None:
+    for told in run("poisoned", tmp_path / "run", 2):
+        last = [line for line in told.splitlines() if "RuntimeError" in line][-1]
+        assert "loss = inf" in last
+        assert "rows.jsonl:2" in last

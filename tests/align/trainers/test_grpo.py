@@ -1,0 +1,331 @@
+"""Online RL that is exact: first ratio 1, resumable in mid-buffer, and it learns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from pydantic import ValidationError
+from torch import nn
+
+from align.course import Job, Step
+from align.data.rows import Origin, PromptRow
+from align.data.sources import DataConfig
+from align.loop import train
+from align.lora import LoraConfig, apply_lora
+from align.losses.policy import PolicyLossConfig
+from align.optim import OptimConfig
+from align.policy import load_policy
+from align.prompts import Prompt, Prompts
+from align.trainers.grpo import GrpoConfig, GrpoCourse, Tools, run
+from reward.types import Item, Score
+from rollout.sync import checksums
+from tests.align import small
+
+DATA = (DataConfig(task="sort", num_rows=8),)
+
+
+class ShareScorer:
+    """Reward is the share of the letter t; a response of 5, 10, .. letters is not judged."""
+
+    version = "share@1"
+
+    def score(self, items: Sequence[Item]) -> list[Score]:
+        return [
+            Score(item.response.count("t") / len(item.response), valid=len(item.response) % 5 > 0)
+            for item in items
+        ]
+
+
+def config(**changes: Any) -> GrpoConfig:
+    given: dict[str, Any] = {
+        "data": DATA,
+        "sequence_tokens": 64,
+        "max_steps": 4,
+        "prompts_per_step": 2,
+        "group_size": 4,
+        "max_new_tokens": 6,
+        "optim": OptimConfig(lr=3e-3, schedule="constant"),
+        "loss": PolicyLossConfig(objective="dapo"),
+    }
+    return GrpoConfig(**(given | changes))
+
+
+def prompts(number: int = 5) -> Prompts:
+    items = tuple(
+        Prompt(
+            PromptRow(({"role": "user", "content": "?"},), Origin(f"p.jsonl:{i + 1}")),
+            tuple(range(20 + i, 24 + 2 * i)),
+        )
+        for i in range(number)
+    )
+    return Prompts(items, ())
+
+
+def course(config: GrpoConfig, job: Job, policy: Any, **changes: Any) -> GrpoCourse:
+    tools = Tools(small.tokenizer(), ShareScorer())
+    given = {"policy": policy, "reference": None, "prompts": prompts(), "tools": tools}
+    return GrpoCourse(config, job, **(given | changes))
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "dapo", "cispo"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_first_ratio_is_one_to_the_last_bit(tmp_path: Path, objective: str, temperature: float):
+    settings = config(loss=PolicyLossConfig(objective=objective), temperature=temperature)
+    model = small.model()
+    made = course(settings, small.job(tmp_path), model)
+    for batch in made.step(0).batches:
+        metrics = made.loss(model, batch).metrics
+        assert metrics["ratio/mean"][0] == metrics["ratio/mean"][1]
+        assert made.loss(model, batch).maxima["ratio/max"] == 1
+        gap, count = metrics["engine/gap"]
+        assert 0 < gap / count < 1e-5
+        assert made.loss(model, batch).maxima["engine/gap_max"] < 1e-4
+
+
+def test_behaviour_of_the_engine_makes_a_ratio_of_one_up_to_rounding(tmp_path: Path):
+    model = small.model()
+    made = course(config(behaviour="engine"), small.job(tmp_path), model)
+    for batch in made.step(0).batches:
+        exact = model(packed=batch.packed, targets=batch.targets).logprobs.detach()
+        gaps = (exact - batch.behaviour_logprobs) * batch.weights
+        assert 0 < gaps.abs().max() < 1e-4
+        found = made.loss(model, batch).maxima["ratio/max"]
+        torch.testing.assert_close(found, gaps.exp().max())
+
+
+def test_the_gradient_is_advantage_times_score(tmp_path: Path):
+    model = small.model()
+    made = course(config(scale="none"), small.job(tmp_path), model)
+    batches = made.step(0).batches
+    sum(made.loss(model, batch).sum for batch in batches).backward()
+    found = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    for batch in batches:
+        logprobs = model(packed=batch.packed, targets=batch.targets).logprobs
+        (-(logprobs * batch.advantages * batch.weights).sum()).backward()
+    torch.testing.assert_close(found, model.lm_head.weight.grad)
+    assert found.abs().max() > 0
+
+
+def test_later_steps_of_a_rollout_compare_with_the_policy_that_made_it(tmp_path: Path):
+    model = small.model()
+    made = course(config(updates_per_rollout=2), small.job(tmp_path), model)
+    made.step(0)
+    scored = small.model()
+    second = made.step(1).batches
+    # nothing was updated in between, so the fixed numbers are those of the forward, bit for bit
+    for batch in second:
+        assert made.loss(model, batch).maxima["ratio/max"] == 1
+        exact = scored(packed=batch.packed, targets=batch.targets).logprobs
+        assert torch.equal(batch.behaviour_logprobs, exact * batch.weights)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    assert any(made.loss(model, batch).maxima["ratio/max"] > 1.001 for batch in second)
+
+
+def test_a_rollout_is_sampled_once_and_carries_its_version(tmp_path: Path, monkeypatch: Any):
+    made = course(config(updates_per_rollout=2, max_steps=3), small.job(tmp_path), small.model())
+    versions = []
+    generate = made.engine.generate
+
+    def counted(requests: Any) -> Any:
+        done = generate(requests)
+        versions.append({c.policy_version for c in done})
+        return done
+
+    monkeypatch.setattr(made.engine, "generate", counted)
+    sizes = [sum(len(b.places) for b in made.step(index).batches) for index in range(3)]
+    assert versions == [{0}, {2}]
+    # a response without a score is not trained on
+    assert all(0 < size <= 8 for size in sizes)
+    assert made.waiting == []
+
+
+def test_responses_without_a_score_leave_the_loss_and_are_counted(tmp_path: Path):
+    made = course(config(prompts_per_step=5), small.job(tmp_path), small.model())
+    step = made.step(0)
+    assert step.metrics["rollout/invalid"] > 0, "the test needs a response of 5 letters"
+    trained = sum(len(batch.places) for batch in step.batches)
+    assert trained == step.metrics["rollout/responses"] - step.metrics["rollout/invalid"]
+
+
+def test_epochs_see_every_prompt_once_in_an_order_of_the_seed(tmp_path: Path):
+    made = course(config(max_steps=0, epochs=2), small.job(tmp_path), small.model())
+    assert made.num_steps == 5
+    seen = [(p.row.origin.place, seed) for i in range(5) for p, seed in made._prompts_of(i)]
+    places = [place for place, _ in seen]
+    assert sorted(places[:5]) == sorted(places[5:]) == sorted({*places})
+    assert places[:5] != places[5:]
+    assert len({seed for _, seed in seen}) == 10
+    kept = course(config(max_steps=0, shuffle=False), small.job(tmp_path), small.model())
+    order = [p.row.origin.place for i in range(3) for p, _ in kept._prompts_of(i)]
+    assert order == [f"p.jsonl:{i}" for i in range(1, 6)]
+
+
+class Killed(Exception):
+    pass
+
+
+class Mortal(GrpoCourse):
+    """Dies at the beginning of step `last`."""
+
+    last = 3
+
+    def step(self, index: int) -> Step:
+        if index == self.last:
+            raise Killed
+        return super().step(index)
+
+
+def test_killed_in_mid_buffer_a_run_ends_with_the_same_bits(tmp_path: Path):
+    settings = config(max_steps=6, updates_per_rollout=3, save_every_steps=2)
+
+    def attempt(folder: Path, kind: type[GrpoCourse]) -> nn.Module:
+        model = small.model()
+        job = small.job(folder)
+        tools = Tools(small.tokenizer(), ShareScorer())
+        made = kind(settings, job, policy=model, reference=None, prompts=prompts(), tools=tools)
+        train(made, model, config=settings, job=job)
+        return model
+
+    whole = attempt(tmp_path / "whole", GrpoCourse)
+    # the checkpoint after step 2 of 3 of the first rollout, then death one step later
+    with pytest.raises(Killed):
+        attempt(tmp_path / "killed", Mortal)
+    resumed = attempt(tmp_path / "killed", GrpoCourse)
+    assert checksums(whole.state_dict().items()) == checksums(resumed.state_dict().items())
+    timed = {"seconds", "tokens_per_s"}
+    for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "killed"), strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {
+            k: v for k, v in other.items() if k not in timed
+        }
+
+
+def test_a_step_inside_a_rollout_that_is_not_there_is_refused(tmp_path: Path):
+    made = course(config(updates_per_rollout=2), small.job(tmp_path), small.model())
+    with pytest.raises(RuntimeError, match="step 2 lies inside a rollout that is not there"):
+        made.step(1)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "cispo"])
+def test_the_rewarded_token_becomes_frequent(tmp_path: Path, objective: str):
+    settings = config(
+        max_steps=30,
+        prompts_per_step=4,
+        group_size=8,
+        sequence_tokens=512,
+        loss=PolicyLossConfig(objective=objective),
+        optim=OptimConfig(lr=1e-2, schedule="constant"),
+    )
+    model, job = small.model(), small.job(tmp_path)
+    train(course(settings, job, model), model, config=settings, job=job)
+    told = lines(tmp_path)
+    first = sum(line["reward/mean"] for line in told[:3]) / 3
+    last = sum(line["reward/mean"] for line in told[-3:]) / 3
+    assert last > first + 0.3
+    assert {"rollout/flat_groups", "rollout/response_tokens", "entropy", "engine/gap"} <= {*told[0]}
+
+
+def test_the_reference_holds_the_policy_back(tmp_path: Path):
+    settings = config(loss=PolicyLossConfig(beta=0.1))
+    model, reference = small.model(), small.model()
+    made = course(settings, small.job(tmp_path), model, reference=reference)
+    batch = made.step(0).batches[0]
+    assert made.loss(model, batch).metrics["kl"][0] == 0
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.2)
+    assert made.loss(model, batch).metrics["kl"][0] > 0
+
+
+def test_adapters_are_sampled_from_and_switched_off_for_the_reference(tmp_path: Path):
+    settings = config(loss=PolicyLossConfig(beta=0.1), lora=LoraConfig(rank=2))
+    policy = apply_lora(small.model(), settings.lora, seed=0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.5)
+    made = course(settings, small.job(tmp_path), policy, reference=policy)
+    batch = made.step(0).batches[0]
+    loss = made.loss(policy, batch)
+    gap, count = loss.metrics["engine/gap"]
+    assert gap / count < 1e-5, "the engine must sample with the adapters on"
+    assert loss.metrics["kl"][0] > 0
+
+
+def test_groups_split_over_packed_sequences_and_microbatches_alike(tmp_path: Path):
+    def gradient(**changes: Any) -> tuple[torch.Tensor, int]:
+        model = small.model()
+        made = course(config(**changes), small.job(tmp_path), model)
+        batches = made.step(0).batches
+        count = sum(made.count(batch) for batch in batches)
+        (sum(made.loss(model, batch).sum for batch in batches) / count).backward()
+        return model.lm_head.weight.grad, len(batches)
+
+    one, few = gradient(sequence_tokens=512)
+    other, many = gradient(sequence_tokens=32, micro_sequences=1)
+    assert few == 1 < many
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def prompt_file(folder: Path) -> tuple[DataConfig, ...]:
+    message = {"role": "user", "content": "the cat sat on the"}
+    rows = [
+        {
+            "prompt": [{**message, "content": f"{word} {message['content']}"}],
+            "answer": "t",
+            "verifier": "exact",
+            "arguments": {},
+        }
+        for word in ("so", "and", "now", "then")
+    ]
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (DataConfig(path="p.jsonl", split="all"),)
+
+
+def test_a_stage_runs_from_policy_to_policy(tmp_path: Path):
+    settings = config(data=prompt_file(tmp_path), max_steps=2)
+    job = small.job(tmp_path / "stage", small.start(tmp_path / "start"), base=tmp_path)
+    outcome = run(settings, job)
+    assert outcome.metrics["step"] == 2
+    assert outcome.data[0]["rows"] == 4
+    before, after = (load_policy(folder)[0] for folder in (job.start, job.artifact))
+    told = lines(job.folder)[-1]
+    assert {"reward/mean", "accuracy/all", "rollout/invalid", "ratio/mean"} <= {*told}
+    # nobody answers exactly "t" here, so all groups are flat and nothing moves but rounding
+    assert told["rollout/flat_groups"] == 1
+    assert (
+        checksums(before.state_dict().items()).keys()
+        == checksums(after.state_dict().items()).keys()
+    )
+
+
+def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: Any):
+    job = small.job(tmp_path, small.start(tmp_path / "start"))
+    monkeypatch.setattr(job.accelerator.state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match=r"native engine needs whole weights.*launch with ddp"):
+        run(config(), job)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"batch_sequences": 4}, "batch_sequences is not used by grpo.*set prompts_per_step"),
+        ({"batch_items": 4}, "batch_items is not used by grpo"),
+        ({"max_new_tokens": 64}, "max_new_tokens = 64, expected less than sequence_tokens = 64"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"group_size": 1}, "group_size"),
+        ({"data": ()}, "data"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(bad: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        config(**bad)

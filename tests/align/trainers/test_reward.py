@@ -1,0 +1,341 @@
+"""Kind `reward`: labels reach their head, accuracy rises, the artifact judges."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from pydantic import ValidationError
+from transformers import AutoModel, AutoTokenizer
+
+from align.data.batch import Batch, Example, Pair
+from align.data.loader import PackedData
+from align.data.render import render_item, render_prompt
+from align.data.sources import DataConfig
+from align.data.supply import supply_pairs
+from align.losses.dpo import sequence_logprobs
+from align.optim import OptimConfig
+from align.trainers.reward import (
+    REPORT_FILE,
+    RewardConfig,
+    RewardCourse,
+    arranged,
+    held_out,
+    pair_accuracy,
+    pair_facts,
+    pair_leads,
+    policy_margins,
+    prompt_lengths,
+    run,
+    to_end_of_turn,
+)
+from model import HybridForCausalLM
+from reward.curriculum import CurriculumConfig
+from reward.hierarchy import Hierarchy
+from reward.model import RewardModel
+from reward.scorer import load_scorer
+from reward.types import Item
+from tests.align import small
+from tests.helpers import assert_close
+
+TREE = {
+    "dimensions": {
+        "correctness": {"signals": {"correctness": {"verifiers": ["exact"]}}},
+        "helpfulness": {"signals": {"style": {}}},
+    }
+}
+COLUMNS = ("correctness", "style", "overall")
+# Signal -> word of the chosen and of the rejected answer.
+WORDS = {"correctness": ("cat", "hat"), "style": ("mat", "rat"), "overall": ("cat mat", "hat rat")}
+
+
+def write_pairs(path: Path, count: int, signals: tuple[str, ...] = COLUMNS) -> Path:
+    rng = random.Random(0)
+    lines = []
+    for index in range(count):
+        signal = signals[index % len(signals)]
+        good, bad = WORDS[signal]
+        filler = " ".join(rng.choice(["the", "on", "and"]) for _ in range(rng.randrange(1, 4)))
+        row = {
+            "prompt": [{"role": "user", "content": f"{filler} {index}"}],
+            "chosen": [{"role": "assistant", "content": f"{filler} {good}"}],
+            "rejected": [{"role": "assistant", "content": f"{bad} {filler}"}],
+            "signal": signal,
+        }
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def config(**changes: Any) -> RewardConfig:
+    given: dict[str, Any] = {
+        "data": [{"path": "pairs.jsonl", "dev_share": 0.3}],
+        "hierarchy": TREE,
+        "sequence_tokens": 64,
+        "batch_items": 8,
+        "optim": {"lr": 3e-3, "schedule": "constant"},
+    }
+    return RewardConfig.model_validate(given | changes)
+
+
+def reward_model(seed: int = 0, gate: str = "declared", **changes: Any) -> RewardModel:
+    tree = Hierarchy.model_validate({**TREE, "gate": gate})
+    return RewardModel(small.model(seed, **changes).model, tree, seed=seed)
+
+
+def labelled(count: int) -> list[Pair]:
+    rows = small.pairs(count)
+    return [
+        replace(pair, signal=COLUMNS[index % 3], difficulty=index / count)
+        for index, pair in enumerate(rows)
+    ]
+
+
+def course(pairs: list[Pair], tmp_path: Path, **changes: Any) -> RewardCourse:
+    data = PackedData(pairs, sequence_tokens=64, shuffle=False)
+    accelerator = small.job(tmp_path).accelerator
+    return RewardCourse(data, accelerator, columns=COLUMNS, config=config(**changes))
+
+
+def test_a_label_trains_its_own_head_and_no_other(tmp_path):
+    pairs = [replace(pair, signal="style") for pair in labelled(3)]
+    model = reward_model(gate="learned")
+    loss = course(pairs, tmp_path).loss(model, Batch.from_pairs(pairs))
+    loss.sum.backward()
+    grad = model.values.weight.grad
+    assert grad[1].abs().sum() > 0
+    assert grad[0].abs().sum() == 0
+    # In the graph with weight 0: data parallelism waits for every parameter's gradient.
+    assert model.gate.weight.grad.abs().sum() == 0
+    assert set(loss.metrics) >= {"accuracy", "accuracy/style", "accuracy/overall"}
+
+
+def test_an_overall_label_trains_all_heads_and_the_gate(tmp_path):
+    pairs = [replace(pair, signal="overall") for pair in labelled(3)]
+    model = reward_model(gate="learned")
+    torch.nn.init.normal_(model.gate.weight)
+    course(pairs, tmp_path).loss(model, Batch.from_pairs(pairs)).sum.backward()
+    assert (model.values.weight.grad.abs().sum(1) > 0).all()
+    # One prompt, one gate: it learns which dimension tells the answers apart.
+    assert model.gate.weight.grad.abs().sum() > 0
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path):
+    pairs, grads = labelled(6), []
+    for size in (6, 2, 1):
+        model = reward_model()
+        whole = course(pairs, tmp_path, margin_scale=1.0)
+        for start in range(0, 6, size):
+            batch = Batch.from_pairs(pairs[start : start + size])
+            (whole.loss(model, batch).sum / 6).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    for grad in grads[1:]:
+        assert_close("gradient", grad, grads[0], tolerance=1e-6)
+
+
+def test_margin_scale_asks_for_a_lead(tmp_path):
+    pairs = [replace(pair, margin=2.0) for pair in labelled(3)]
+    batch, model = Batch.from_pairs(pairs), reward_model()
+    plain = course(pairs, tmp_path).loss(model, batch).sum
+    assert course(pairs, tmp_path, margin_scale=1.0).loss(model, batch).sum > plain
+
+
+def test_pair_accuracy_reports_by_signal_and_difficulty_and_ignores_batching():
+    model, pairs = reward_model(), labelled(9)
+    report = pair_accuracy(model, pairs)
+    one_by_one = pair_leads(model, pairs, batch_tokens=1)
+    assert report.leads == pytest.approx(one_by_one, abs=1e-6)
+    wins = [lead > 0 for lead in report.leads]
+    assert report.accuracy == pytest.approx(sum(wins) / 9)
+    assert report.by_signal["style"] == pytest.approx(sum(wins[1::3]) / 3)
+    assert sum(report.num_pairs[name] for name in COLUMNS) == 9
+    assert sum(report.num_pairs[name] for name in report.by_difficulty) == 9
+    torch.nn.init.zeros_(model.values.weight)
+    assert pair_accuracy(model, pairs).accuracy == 0.5
+
+
+def test_values_are_read_at_the_end_of_the_turn():
+    def example(*tokens: int) -> Example:
+        weights = tuple(float(1 < place < 4) for place in range(len(tokens)))
+        return Example(tokens, weights, "a:1")
+
+    pair = Pair(example(11, 12, 13, 2, 198), example(11, 12, 14, 2))
+    cut = to_end_of_turn(pair)
+    assert cut.chosen.tokens == (11, 12, 13, 2)
+    assert cut.rejected == pair.rejected
+    model = reward_model()
+    cut = replace(cut, signal="style")
+    assert pair_leads(model, [replace(pair, signal="style")]) == pair_leads(model, [cut])
+
+
+@pytest.mark.parametrize(("max_steps", "num_steps"), [(0, 8), (3, 3), (11, 11)])
+def test_curriculum_and_random_order_see_the_same_pairs_equally_often(max_steps, num_steps):
+    pairs = labelled(16)
+    facts = [pair_facts(pair) for pair in pairs]
+    data = PackedData(
+        pairs, sequence_tokens=64, batch_items=4, epochs=2, max_steps=max_steps, seed=1
+    )
+    seen = []
+    for curriculum in ("none", CurriculumConfig()):
+        given = config(curriculum=curriculum)
+        ordered, drawn = arranged(given, data, facts, seed=1)
+        assert ordered.num_steps == num_steps
+        steps = [
+            [drawn[i] for s in ordered.step_items(step) for i in s] for step in range(num_steps)
+        ]
+        assert all(len(step) == 4 for step in steps)
+        seen.append([i for step in steps for i in step])
+    if not max_steps:
+        assert Counter(seen[0]) == Counter(seen[1]) == Counter(dict.fromkeys(range(16), 2))
+    hardest = [pairs[i].difficulty for i in seen[1][:4]]
+    assert max(hardest) < 0.8
+    assert "overall" not in {pairs[i].signal for i in seen[1][:2]}
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_a_run_raises_held_out_accuracy_and_leaves_a_judge(tmp_path, lora):
+    write_pairs(tmp_path / "pairs.jsonl", 120)
+    start = small.start(tmp_path / "start")
+    job = small.job(tmp_path, start)
+    optim = OptimConfig(lr=1e-2 if lora else 3e-3, schedule="constant")
+    outcome = run(config(lora=lora, epochs=4, optim=optim), job)
+
+    assert outcome.metrics["after/accuracy"] >= 0.9
+    assert outcome.metrics["after/accuracy"] > outcome.metrics["before/accuracy"]
+    assert {f"after/accuracy/{name}" for name in COLUMNS} <= set(outcome.metrics)
+    assert outcome.data[0]["rows"] + outcome.data[0]["held_out"] == 120
+
+    model = RewardModel.load(job.artifact)
+    tokenizer = AutoTokenizer.from_pretrained(job.artifact)
+    assert type(AutoModel.from_pretrained(job.artifact)).__name__ == "HybridModel"
+    dev = held_out(config(), job, tokenizer)
+    report = json.loads((job.artifact / REPORT_FILE).read_text())
+    assert pair_accuracy(model, dev).accuracy == report["after"]["accuracy"]
+    assert report["after"]["num_pairs"]["style"] == sum(pair.signal == "style" for pair in dev)
+
+    lines = (job.artifact / "curriculum.jsonl").read_text().splitlines()
+    places = Counter(json.loads(line)["place"] for line in lines)
+    assert set(places.values()) == {4}
+    assert not {pair.chosen.place for pair in dev} & set(places)
+
+    judge = load_scorer(
+        job.artifact,
+        lambda item: render_item(item, tokenizer),
+        encode_prompt=lambda item: render_prompt(item.messages, tokenizer),
+    )
+    prompt = ({"role": "user", "content": "the on 999"},)
+    good, bad = judge.score([Item(prompt, "the cat mat"), Item(prompt, "hat rat the")])
+    assert good.value > bad.value
+
+
+def test_a_run_is_repeatable_and_none_is_another_order(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 40)
+    start = small.start(tmp_path / "start")
+
+    def trained(name: str, **changes: Any) -> tuple[RewardModel, list[str]]:
+        job = small.job(tmp_path / name, start, base=tmp_path)
+        run(config(**changes), job)
+        lines = (job.artifact / "curriculum.jsonl").read_text().splitlines()
+        return RewardModel.load(job.artifact), lines
+
+    (one, seen), (two, again), (none, other) = (
+        trained("one"),
+        trained("two"),
+        trained("none", curriculum="none"),
+    )
+    assert one.version == two.version
+    assert seen == again
+    assert none.version != one.version
+    assert seen != other
+    assert len(seen) == len(other)
+
+
+def test_the_starting_policys_margins_are_mean_logprob_differences():
+    policy, pairs = small.model().requires_grad_(False), labelled(4)
+    expected = []
+    for pair in pairs:
+        batch = Batch.from_pairs([pair])
+        logprobs = policy(packed=batch.packed, targets=batch.targets).logprobs
+        chosen, rejected = sequence_logprobs(logprobs, batch.weights, batch.packed.lengths)
+        expected.append(
+            float(chosen / pair.chosen.num_trained - rejected / pair.rejected.num_trained)
+        )
+    assert policy_margins(policy, pairs, 64) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_model_weight_asks_the_starting_policy(tmp_path, monkeypatch):
+    write_pairs(tmp_path / "pairs.jsonl", 20)
+    asked = []
+
+    def margins(start: HybridForCausalLM, pairs: Any, batch_tokens: int) -> list[float]:
+        asked.append(len(pairs))
+        return [0.0] * len(pairs)
+
+    monkeypatch.setattr("align.trainers.reward.policy_margins", margins)
+    start = small.start(tmp_path / "start")
+    curriculum = {"model_weight": 1.0}
+    run(config(curriculum=curriculum, max_steps=1), small.job(tmp_path, start))
+    assert len(asked) == 1
+
+
+def test_a_task_holds_out_its_share_of_rows(tmp_path):
+    job = small.job(tmp_path)
+    tokenizer = small.tokenizer()
+    source = DataConfig(task="arithmetic", num_rows=50, dev_share=0.2, ways=("near_miss",))
+    data = [source.model_dump(by_alias=True, exclude_unset=True)]
+    given = config(data=data, sequence_tokens=512)
+    dev = held_out(given, job, tokenizer)
+    train, _ = supply_pairs(given, job, tokenizer)
+    assert (len(dev), len(train.items)) == (10, 50)
+
+    def prompt(pair: Pair) -> tuple[int, ...]:
+        return pair.chosen.tokens[: prompt_lengths([pair])[0]]
+
+    assert not {prompt(pair) for pair in dev} & {prompt(pair) for pair in train.items}
+
+
+def expect(message: str, tmp_path: Path, **changes: Any) -> None:
+    start = tmp_path / "start"
+    if not start.exists():
+        small.start(start)
+    with pytest.raises(ValueError, match=message):
+        run(config(**changes), small.job(tmp_path, start))
+
+
+def test_what_cannot_be_trained_is_an_error(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 20)
+    everything = [{"path": "pairs.jsonl", "split": "all"}]
+    expect(r"dev = \[\] and no source of data has split: train", tmp_path, data=everything)
+    tree = {"dimensions": {"helpfulness": {"signals": {"style": {}}}}}
+    expect(
+        r"pairs.jsonl:\d+: signal = 'correctness', expected one of style, overall",
+        tmp_path,
+        hierarchy=tree,
+    )
+    write_pairs(tmp_path / "pairs.jsonl", 20, ("style",))
+    expect("no training pair labels correctness, which would stay random", tmp_path)
+
+
+def test_a_sharded_launch_is_refused(tmp_path):
+    class Sharded:
+        distributed_type = DistributedType.FSDP
+
+    with pytest.raises(ValueError, match="stage: kind reward is not sharded yet"):
+        run(config(), small.job(tmp_path, accelerator=Sharded()))
+
+
+def test_no_pairs_have_no_accuracy():
+    with pytest.raises(ValueError, match="pair_accuracy: no pairs"):
+        pair_accuracy(reward_model(), [])
+
+
+def test_a_misspelt_key_is_an_error():
+    with pytest.raises(ValidationError, match="curiculum"):
+        config(curiculum="none")

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.kernels.experts.op import expert_layer
+from model.kernels.experts.reference import experts_reference
+from tests.helpers import assert_close
+
+
+def inputs(tokens: int, experts: int, top: int) -> tuple[list[Tensor], Tensor]:
+    torch.manual_seed(0)
+    size, inner = 12, 10
+    tensors = [
+        torch.randn(tokens, size),
+        torch.randn(experts, 2 * inner, size) * 0.3,
+        torch.randn(experts, size, inner) * 0.3,
+        torch.rand(tokens, top),
+    ]
+    chosen = torch.rand(tokens, experts).argsort(dim=-1)[:, :top]
+    return tensors, chosen
+
+
+def run(form: str, tensors: list[Tensor], chosen: Tensor) -> dict[str, Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    x, gate_up, down, weights = leaves
+    function = expert_layer if form == "op" else experts_reference
+    out = function(x, gate_up, down, chosen, weights)
+    (out * torch.linspace(0.5, 1.5, out.shape[1], dtype=torch.float64)).sum().backward()
+    names = ("x", "gate_up", "down", "weights")
+    grads = {f"gradient of {n}": leaf.grad for n, leaf in zip(names, leaves, strict=True)}
+    return {"output": out, **grads}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top"), [(1, 4, 2), (63, 4, 2), (200, 8, 1), (65, 3, 3), (7, 32, 2)]
+)
+def test_equals_every_token_through_its_experts(tokens: int, experts: int, top: int):
+    tensors, chosen = inputs(tokens, experts, top)
+    found = run("op", tensors, chosen)
+    exact = run("reference", [x.double() for x in tensors], chosen)
+    for name, value in exact.items():
+        assert_close(name, found[name], value, 1e-6)
+
+
+def test_expert_without_a_token_has_a_zero_gradient():
+    tensors, _ = inputs(9, 4, 2)
+    found = run("op", tensors, torch.tensor([[0, 2]] * 9))
+    assert float(found["gradient of gate_up"][1].abs().max()) == 0.0
+    assert float(found["gradient of down"][3].abs().max()) == 0.0
+
+
+def test_dropped_place_adds_nothing_and_gets_no_gradient():
+    tensors, chosen = inputs(9, 4, 2)
+    x, gate_up, down, weights = tensors
+    dropped = chosen.clone()
+    dropped[3, 1] = dropped[5, 0] = dropped[5, 1] = 4
+    silent = weights.clone()
+    silent[3, 1] = silent[5, 0] = silent[5, 1] = 0.0
+    found = run("op", tensors, dropped)
+    assert_close("output", found["output"], expert_layer(x, gate_up, down, chosen, silent), 1e-6)
+    assert float(found["output"][5].abs().max()) == 0.0
+    assert float(found["gradient of x"][5].abs().max()) == 0.0
+    assert float(found["gradient of weights"][5].abs().max()) == 0.0
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    (x, gate_up, down, weights), chosen = inputs(3, 4, 2)
+    with pytest.raises(ValueError, match=r"expected \[T, C\], \[E, 2F, C\], \[E, C, F\]"):
+        expert_layer(x, gate_up, down[:, :, :3], chosen, weights)

@@ -1,0 +1,104 @@
+"""InProcessScorer end to end with a tiny model: rules, heads, limits, and independence."""
+
+from __future__ import annotations
+
+import pytest
+
+from reward.hierarchy import HIERARCHY
+from reward.model import RewardModel
+from reward.scorer import InProcessScorer, load_scorer
+from reward.types import Item, Scorer
+from tests.reward.test_model import LEARNED, tiny
+
+PROMPT = ({"role": "user", "content": "2+3?"},)
+
+
+def item(response: str, **changes) -> Item:
+    return Item(PROMPT, response, **changes)
+
+
+def encode(what: Item) -> tuple[int, ...]:
+    """A tokenizer of one letter a token; 31 ends the turn."""
+    return (*encode_prompt(what), *(ord(letter) % 30 for letter in what.response), 31)
+
+
+def encode_prompt(what: Item) -> tuple[int, ...]:
+    return tuple(ord(letter) % 30 for message in what.messages for letter in message["content"])
+
+
+def scorer(model: RewardModel | None = None, **changes) -> InProcessScorer:
+    model = model or tiny()
+    return InProcessScorer(model.hierarchy, model, encode, encode_prompt=encode_prompt, **changes)
+
+
+def test_rules_alone_need_no_model():
+    judge: Scorer = InProcessScorer()
+    right, wrong, nothing = judge.score(
+        [item("5", answer="5", verifier="math"), item("6", answer="5", verifier="math"), item("6")]
+    )
+    assert (right.value, wrong.value) == (1.0, 0.0)
+    assert (nothing.valid, nothing.reason) == (False, "no signal has a verdict")
+    assert judge.version == right.version == HIERARCHY.version
+
+
+def test_heads_and_rules_meet_in_the_tree():
+    model = tiny()
+    judge = scorer(model)
+    right, free = judge.score([item("5", answer="5", verifier="math"), item("5")])
+    assert set(free.signals) == {f"head:{name}" for name in HIERARCHY.heads}
+    assert set(right.signals) == {*free.signals, "rule:math"}
+    assert right.dimensions["correctness"] == 1.0
+    assert 0 < free.dimensions["correctness"] < 1
+    assert right.version == judge.version == model.version
+
+
+def test_a_score_does_not_depend_on_batching():
+    items = [item("5" * length) for length in (1, 7, 3, 12, 2)]
+    whole = scorer().score(items)
+    for size in (1, 12, 30):
+        for one, other in zip(whole, scorer(batch_tokens=size).score(items), strict=True):
+            assert one.value == pytest.approx(other.value, abs=1e-6)
+    assert scorer().score([]) == []
+
+
+def test_a_conversation_longer_than_the_limit_is_not_scored():
+    short, long = scorer(max_tokens=10).score([item("5"), item("5" * 20)])
+    assert short.valid
+    assert (long.valid, long.reason) == (False, "25 tokens, longer than the limit of 10")
+    by_model = scorer()
+    by_model._model.trunk.config.max_position_embeddings = 10
+    assert not scorer(by_model._model).score([item("5" * 20)])[0].valid
+
+
+def test_a_failed_rule_leaves_the_item_without_a_score():
+    score = scorer().score([item("5", answer=r"\text{}", verifier="math")])[0]
+    assert (score.valid, score.reason) == (
+        False,
+        r"math: cannot read the reference answer '\\text{}'",
+    )
+
+
+def test_an_unknown_rule_is_an_error():
+    with pytest.raises(ValueError, match="'maths', expected one of"):
+        scorer().score([item("5", verifier="maths")])
+
+
+def test_a_saved_model_scores_the_same(tmp_path):
+    model = tiny()
+    model.save(tmp_path)
+    items = [item("5", answer="5", verifier="math"), item("a tea")]
+    loaded = load_scorer(tmp_path, encode, encode_prompt=encode_prompt)
+    assert loaded.score(items) == scorer(model).score(items)
+
+
+def test_what_is_missing_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="a reward model needs `encode`"):
+        InProcessScorer(LEARNED, tiny())
+    with pytest.raises(ValueError, match="gate = learned needs `encode_prompt`"):
+        InProcessScorer(LEARNED, tiny(), encode)
+    with pytest.raises(
+        ValueError, match=r"is not the reward model's .* pass reward_model.hierarchy"
+    ):
+        InProcessScorer(HIERARCHY, tiny(LEARNED), encode, encode_prompt=encode_prompt)
+    with pytest.raises(ValueError, match=r"no reward\.json"):
+        load_scorer(tmp_path, encode)
