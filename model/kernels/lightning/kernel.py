@@ -1,20 +1,21 @@
-"""Triton kernels of lightning attention; `plan.py` lays out the work and `triton.py` launches.
+"""Portable Triton kernels of lightning attention; `plan.py` lays out the work, `launch.py` launches.
 
-One pass runs a segment of chunks with its state on chip, forwards or backwards in time:
+A pass runs a segment of chunks with its state on chip, forwards or backwards in time:
 
-    forwards   o_i = sum_{j<=i} d^(i-j) (q_i . k_j) v_j + d^(i+1) q_i X     X' = d^n X + sum_j d^(n-1-j) k_j^T v_j
-    backwards  o_i = sum_{j>=i} d^(j-i) (q_i . k_j) v_j + d^(n-1-i) q_i X   X' = d^n X + sum_j d^(j+1) k_j^T v_j
+    forwards   o_i = sum_{j<=i} d^(i-j) (q_i . k_j) v_j + d^(i+1) q_i X
+               X'  = d^n X + sum_j d^(n-1-j) k_j^T v_j
+    backwards  o_i = sum_{j>=i} d^(j-i) (q_i . k_j) v_j + d^(n-1-i) q_i X
+               X'  = d^n X + sum_j d^(j+1) k_j^T v_j
 
 with d = exp(-slope), n tokens in the chunk and X the carry across the chunk's border. Every gradient
-is such a pass: dq = forwards(do, v, k), dk = backwards(v, do, q), dv = backwards(k, q, do); the last
-two share one carry.
+is such a pass: dq = forwards(do, v, k), dk = backwards(v, do, q), dv = backwards(k, q, do).
 """
 
 import triton
 import triton.language as tl
 
-# A key decayed by 2^-48 is less than an ulp of an fp32 sum that holds one key of its own size
-# undecayed, by 2^-24: such keys are not read for a carry.
+# What decayed to 2^-48 is 2^-24 of the last bit of an fp32 sum of terms of its own size, so keys this
+# far from a border are not read for its carry.
 DEAD_LOG2 = tl.constexpr(48.0)
 
 
@@ -136,31 +137,36 @@ def lightning_run(
     b_v_d = i_v * BV + tl.arange(0, BV)
     m_k_d = (b_k_d < DK)[None, :]
     m_v_d = (b_v_d < DV)[None, :]
-    m_state = (b_k_d < DK)[:, None] & m_v_d
-    state = tl.zeros((BK, BV), tl.float32)
+    m_state = (b_k_d < DK)[None, :] & (b_v_d < DV)[:, None]
+    state = tl.zeros((BV, BK), tl.float32)
     if HAS_CARRY:
         if row >= 0:
             o_row = (row * H + i_h) * DK * DV
-            o_s = b_k_d[:, None] * s_carry_row + b_v_d[None, :] * s_carry_col
+            o_s = b_k_d[None, :] * s_carry_row + b_v_d[:, None] * s_carry_col
             state = tl.load(p_carry + o_row + o_s, mask=m_state, other=0.0)
     if HAS_INIT:
         if enters >= 0:
             o_row = (enters * H + i_h) * DK * DV
-            o_s = b_k_d[:, None] * s_init_row + b_v_d[None, :] * s_init_col
+            o_s = b_k_d[None, :] * s_init_row + b_v_d[:, None] * s_init_col
             state = tl.load(p_init + o_row + o_s, mask=m_state, other=0.0).to(tl.float32)
 
     if REVERSE:
-        m_a = b_t[None, :] >= b_t[:, None]
-    else:
         m_a = b_t[:, None] >= b_t[None, :]
+    else:
+        m_a = b_t[None, :] >= b_t[:, None]
     p_q += i_h * s_q_h
     p_k += i_h * s_k_h
     p_v += i_h * s_v_h
     p_o += i_h * s_o_h
+    # the chunk after this one is read a step ahead, or every load of tokens would wait for it
+    i_c = high - 1 if REVERSE else low
+    next_start = tl.load(p_chunks + i_c * 2)
+    next_meta = tl.load(p_chunks + i_c * 2 + 1)
     for i in range(low, high):
-        i_c = low + high - 1 - i if REVERSE else i
-        start = tl.load(p_chunks + i_c * 2).to(tl.int64)
-        meta = tl.load(p_chunks + i_c * 2 + 1)
+        start, meta = next_start.to(tl.int64), next_meta
+        i_c = tl.maximum(low + high - 2 - i, low) if REVERSE else tl.minimum(i + 1, high - 1)
+        next_start = tl.load(p_chunks + i_c * 2)
+        next_meta = tl.load(p_chunks + i_c * 2 + 1)
         n = meta & 255
         m_t = (b_t < n)[:, None]
         o_t = (start + b_t)[:, None]
@@ -182,100 +188,27 @@ def lightning_run(
             query_fade = tl.where(fresh != 0, 0.0, query_fade)
             fade = tl.where(fresh != 0, 0.0, fade)
 
-        b_a = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        # from n, which changes: as a constant of the loop the decays would fill the registers
+        # the state is held transposed, [D of v, D of k]: as left factor it stays in registers
+        # [j, i]
+        b_a = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        # from n, which changes: as constants of the loop the decays would fill the registers
         log_fade = slope * (n - b_t).to(tl.float32)
         if REVERSE:
-            log_a = log_fade[None, :] - log_fade[:, None]
-        else:
             log_a = log_fade[:, None] - log_fade[None, :]
-        b_a = tl.where(m_a, b_a * tl.exp2(log_a), 0.0)
-        b_o = tl.dot(b_q, state.to(b_q.dtype), input_precision=PRECISION) * query_fade[:, None]
-        b_o = tl.dot(b_a.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
-        b_vf = (b_v * key_fade[:, None]).to(b_v.dtype)
-        state = tl.dot(tl.trans(b_k), b_vf, state * fade, input_precision=PRECISION)
-        tl.store(p_o + o_t * s_o_t + b_v_d[None, :], _cast(b_o, p_o), mask=m_t & m_v_d)
+        else:
+            log_a = log_fade[None, :] - log_fade[:, None]
+        b_a = tl.where(m_a, b_a * tl.exp2(log_a), 0.0).to(b_v.dtype)
+        b_o = tl.dot(state.to(b_q.dtype), tl.trans(b_q), input_precision=PRECISION)
+        b_o = b_o * query_fade[None, :]
+        b_o = tl.dot(tl.trans(b_v), b_a, b_o, input_precision=PRECISION)
+        b_kf = (b_k * key_fade[:, None]).to(b_k.dtype)
+        state = tl.dot(tl.trans(b_v), b_kf, state * fade, input_precision=PRECISION)
+        tl.store(p_o + o_t * s_o_t + b_v_d[None, :], tl.trans(_cast(b_o, p_o)), mask=m_t & m_v_d)
     if HAS_FINAL:
         if leaves >= 0:
             o_row = (leaves * H + i_h) * DK * DV
-            o_s = b_k_d[:, None] * s_final_row + b_v_d[None, :] * s_final_col
+            o_s = b_k_d[None, :] * s_final_row + b_v_d[:, None] * s_final_col
             tl.store(p_final + o_row + o_s, state, mask=m_state)
-
-
-@triton.jit
-def lightning_bwd_keys_values(
-    p_q, p_k, p_v, p_do, p_dk, p_dv, p_slopes, p_chunks, p_segments, p_carry, p_init, p_final,
-    s_q_t, s_q_h, s_k_t, s_k_h, s_v_t, s_v_h, s_do_t, s_do_h, s_dk_t, s_dk_h, s_dv_t, s_dv_h,
-    H,
-    D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-    HAS_INIT: tl.constexpr, HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of one segment, backwards in time, from one carry of the gradient of the state."""
-    i_h, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slope = tl.load(p_slopes + i_h) * 1.4426950408889634
-    low = tl.load(p_segments + i_s * 5)
-    high = tl.load(p_segments + i_s * 5 + 1)
-    row = tl.load(p_segments + i_s * 5 + 2).to(tl.int64)
-    enters = tl.load(p_segments + i_s * 5 + 3).to(tl.int64)
-    leaves = tl.load(p_segments + i_s * 5 + 4).to(tl.int64)
-
-    b_t = tl.arange(0, BT)
-    b_d = tl.arange(0, BD)
-    m_d = (b_d < D)[None, :]
-    m_state = (b_d < D)[:, None] & m_d
-    o_state = b_d[:, None] * D + b_d[None, :]
-    state = tl.zeros((BD, BD), tl.float32)
-    if row >= 0:
-        state = tl.load(p_carry + (row * H + i_h) * D * D + o_state, mask=m_state, other=0.0)
-    if HAS_INIT:
-        if enters >= 0:
-            o_row = (enters * H + i_h) * D * D
-            state = tl.load(p_init + o_row + o_state, mask=m_state, other=0.0).to(tl.float32)
-
-    m_a = b_t[None, :] >= b_t[:, None]
-    p_q += i_h * s_q_h
-    p_k += i_h * s_k_h
-    p_v += i_h * s_v_h
-    p_do += i_h * s_do_h
-    p_dk += i_h * s_dk_h
-    p_dv += i_h * s_dv_h
-    for i in range(low, high):
-        i_c = low + high - 1 - i
-        start = tl.load(p_chunks + i_c * 2).to(tl.int64)
-        meta = tl.load(p_chunks + i_c * 2 + 1)
-        n = meta & 255
-        m_td = (b_t < n)[:, None] & m_d
-        o_t = (start + b_t)[:, None]
-        b_v = tl.load(p_v + o_t * s_v_t + b_d[None, :], mask=m_td, other=0.0)
-        b_do = tl.load(p_do + o_t * s_do_t + b_d[None, :], mask=m_td, other=0.0)
-        b_k = tl.load(p_k + o_t * s_k_t + b_d[None, :], mask=m_td, other=0.0)
-        b_q = tl.load(p_q + o_t * s_q_t + b_d[None, :], mask=m_td, other=0.0)
-        carry_fade = tl.exp2(-slope * tl.maximum(n - 1 - b_t, 0).to(tl.float32))
-        query_fade = tl.exp2(-slope * (b_t + 1).to(tl.float32))
-        fade = tl.exp2(-slope * n.to(tl.float32))
-        if not HAS_INIT:
-            fresh = (meta >> 9) & 1
-            carry_fade = tl.where(fresh != 0, 0.0, carry_fade)
-            fade = tl.where(fresh != 0, 0.0, fade)
-
-        b_s = state.to(b_q.dtype)
-        log_fade = slope * (n - b_t).to(tl.float32)
-        inside = tl.where(m_a, tl.exp2(log_fade[None, :] - log_fade[:, None]), 0.0)
-        # [j, i]: gradient of the score of query i on key j, and the score itself
-        b_ds = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) * inside
-        b_dk = tl.dot(b_v, tl.trans(b_s), input_precision=PRECISION) * carry_fade[:, None]
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-        tl.store(p_dk + o_t * s_dk_t + b_d[None, :], _cast(b_dk, p_dk), mask=m_td)
-        b_a = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * inside
-        b_dv = tl.dot(b_k, b_s, input_precision=PRECISION) * carry_fade[:, None]
-        b_dv = tl.dot(b_a.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-        tl.store(p_dv + o_t * s_dv_t + b_d[None, :], _cast(b_dv, p_dv), mask=m_td)
-        b_dof = (b_do * query_fade[:, None]).to(b_do.dtype)
-        state = tl.dot(tl.trans(b_q), b_dof, state * fade, input_precision=PRECISION)
-    if HAS_FINAL:
-        if leaves >= 0:
-            o_row = (leaves * H + i_h) * D * D
-            tl.store(p_final + o_row + o_state, state, mask=m_state)
 
 
 @triton.jit

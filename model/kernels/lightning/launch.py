@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from model.kernels.lightning import kernel
 from model.kernels.lightning.plan import Direction, Plan, plan_work
 
+FUSED = False
 
 @dataclass(frozen=True)
 class Shape:
@@ -141,6 +142,34 @@ class Pass:
         )  # fmt: skip
         return out
 
+    def keys_values(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        do: Tensor,
+        *,
+        carry: Tensor | None,
+        initial: Tensor | None,
+        final: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """dk and dv [T, H, D] from one pass backwards in time."""
+        total, heads, size = q.shape
+        dk = torch.empty((total, heads, size), dtype=k.dtype, device=k.device)
+        dv = torch.empty_like(dk)
+        kernel.lightning_bwd_keys_values[heads, self.direction.num_segments](
+            q, k, v, do, dk, dv, self.slopes, self.chunks, self.direction.segments,
+            carry, initial, final,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            do.stride(0), do.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
+            heads,
+            D=size, BD=triton.next_power_of_2(size), BT=self.shape.chunk_tokens,
+            HAS_CARRY=carry is not None, HAS_INIT=initial is not None,
+            HAS_FINAL=final is not None, PRECISION=self.precision,
+            num_warps=8, num_stages=3,
+        )  # fmt: skip
+        return dk, dv
+
 
 class _Lightning(torch.autograd.Function):
     @staticmethod
@@ -182,8 +211,11 @@ class _Lightning(torch.autograd.Function):
         back = Pass(ctx.shape, ctx.plan.chunks, ctx.plan.backward, slopes, True)
         dcarry = back.carries(q, do, dfinal)
         dinitial = torch.empty_like(initial) if ctx.needs_input_grad[4] else None
-        dk = back.run(v, do, q, carry=dcarry, initial=dfinal, is_transposed=True)
-        dv = back.run(k, q, do, carry=dcarry, initial=dfinal, final=dinitial)
+        if FUSED:
+            dk, dv = back.keys_values(q, k, v, do, carry=dcarry, initial=dfinal, final=dinitial)
+        else:
+            dk = back.run(v, do, q, carry=dcarry, initial=dfinal, is_transposed=True)
+            dv = back.run(k, q, do, carry=dcarry, initial=dfinal, final=dinitial)
         return dq, dk, dv, None, dinitial, None, None
 
 
@@ -207,3 +239,22 @@ def lightning_triton(
     return _Lightning.apply(
         _rows(q), _rows(k), _rows(v), slopes.float().contiguous(), initial, tuple(lengths), with_final
     )
+
+
+def lightning_step_triton(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, states: Tensor, index: Tensor
+) -> Tensor:
+    """Same numbers as the torch form of `op.lightning_step`; arguments checked there."""
+    count, heads, size = q.shape
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    out = torch.empty((count, heads, size), dtype=v.dtype, device=v.device)
+    padded = triton.next_power_of_2(size)
+    columns = min(padded, 32)
+    kernel.lightning_step[triton.cdiv(size, columns), heads, count](
+        q, k, v, out, slopes.float(), states, index,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        states.stride(0),
+        heads,
+        D=size, BD=padded, BV=columns, num_warps=4,
+    )  # fmt: skip
+    return out

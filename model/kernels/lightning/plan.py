@@ -20,6 +20,9 @@ from torch import Tensor
 FIRST, LAST = 1 << 8, 1 << 9
 """Marks beside the token count of a chunk: it starts, it ends a sequence."""
 
+SEGMENT_COST = 4
+"""What a segment costs beside its chunks, in chunks: filling the pipeline, its carry."""
+
 
 @dataclass(frozen=True)
 class Direction:
@@ -130,9 +133,8 @@ def _to_device(rows: Sequence[Sequence[int]], columns: int, device: torch.device
 def _borders(owners: list[int], heads: int, programs: int, is_split: bool) -> list[int]:
     """First chunk of each segment, and the number of chunks at the end."""
     total = len(owners)
-    # 4: what a segment costs beside its chunks, in chunks: filling the pipeline, its carry
     cost = {
-        count: -(-count * heads // programs) * (-(-total // count) + 4)
+        count: -(-count * heads // programs) * (-(-total // count) + SEGMENT_COST)
         for count in range(1, min(total, max(4 * programs // heads, 1)) + 1)
     }
     count = min(cost, key=lambda key: (cost[key], key))
