@@ -1,4 +1,4 @@
-"""Portable Triton kernels of lightning attention; `plan.py` lays out the work, `launch.py` launches.
+"""Portable Triton kernels of lightning attention, laid out by `plan.py`, started by `launch.py`.
 
 A pass runs a segment of chunks with its state on chip, forwards or backwards in time:
 
@@ -7,15 +7,16 @@ A pass runs a segment of chunks with its state on chip, forwards or backwards in
     backwards  o_i = sum_{j>=i} d^(j-i) (q_i . k_j) v_j + d^(n-1-i) q_i X
                X'  = d^n X + sum_j d^(j+1) k_j^T v_j
 
-with d = exp(-slope), n tokens in the chunk and X the carry across the chunk's border. Every gradient
-is such a pass: dq = forwards(do, v, k), dk = backwards(v, do, q), dv = backwards(k, q, do).
+with d = exp(-slope), n tokens in the chunk and X the carry across the chunk's border. Every
+gradient is such a pass: dq = forwards(do, v, k), dk = backwards(v, do, q) and
+dv = backwards(k, q, do).
 """
 
 import triton
 import triton.language as tl
 
-# What decayed to 2^-48 is 2^-24 of the last bit of an fp32 sum of terms of its own size, so keys this
-# far from a border are not read for its carry.
+# What decayed to 2^-48 is 2^-24 of the last bit of an fp32 sum of terms of its own size, so keys
+# this far from a border are not read for its carry.
 DEAD_LOG2 = tl.constexpr(48.0)
 
 

@@ -1,30 +1,40 @@
-"""Launches the Triton kernels of lightning attention, forward and backward."""
+"""Launches the kernels of lightning attention, forward and backward.
+
+`hopper.py` runs 16-bit tensors of head size 64 or 128 on compute capability 9; `kernel.py` runs all
+else, and the carries.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from model.kernels.lightning import kernel
+from model.kernels.lightning import hopper, kernel
 from model.kernels.lightning.plan import Direction, Plan, plan_work
 
-FUSED = False
+HOPPER_SIZES = (64, 128)
+CHUNK_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class Shape:
-    """How a pass is cut for one dtype and head size.
+    """How a pass is cut for one dtype, head size and device.
 
     Args:
         chunk_tokens: tokens a chunk.
         columns: columns of v a program holds.
         warps, stages: of a program.
         residents: programs that one multiprocessor runs at once.
+        is_hopper: whether `hopper.py` runs it, wherever strides and addresses allow bulk copies.
     """
 
     chunk_tokens: int
@@ -32,14 +42,24 @@ class Shape:
     warps: int
     stages: int
     residents: int
+    is_hopper: bool = False
 
 
-def choose_shape(dtype: torch.dtype, size: int) -> Shape:
-    """Measured on one H200; fp32 keeps IEEE products, for which registers are the limit."""
-    padded = triton.next_power_of_2(size)
+def choose_shape(dtype: torch.dtype, size: int, *, is_hopper: bool) -> Shape:
+    """16 bits as measured on one H200; fp32 keeps IEEE products, which only registers limit."""
+    padded = max(triton.next_power_of_2(size), 16)
     if dtype == torch.float32:
-        return Shape(32, min(padded, 32), 4, 1, 2)
-    return Shape(64, min(padded, 64), 4, 2, 2)
+        return Shape(16, 16, 8, 1, 2)
+    if is_hopper and size in HOPPER_SIZES:
+        return Shape(CHUNK_TOKENS, size, size // 16, 2, 128 // size, is_hopper=True)
+    if padded > 128:
+        return Shape(CHUNK_TOKENS, 64, 8, 1, 1)
+    return Shape(CHUNK_TOKENS, min(padded, 64), 4, 2, 2)
+
+
+@functools.lru_cache(maxsize=16)
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.lru_cache(maxsize=16)
@@ -69,6 +89,26 @@ def _strides(state: Tensor | None, is_transposed: bool) -> tuple[int, int]:
     return (column, row) if is_transposed else (row, column)
 
 
+def _can_copy(*tensors: Tensor) -> bool:
+    """Whether bulk copies can read these [T, H, D]: addresses and rows on 16 bytes, rows apart."""
+    return all(
+        x.data_ptr() % 16 == 0
+        and x.stride(0) % 8 == 0
+        and x.stride(1) >= x.shape[2]
+        and x.stride(0) >= (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+        for x in tensors
+    )
+
+
+def _descriptor(x: Tensor) -> TensorDescriptor:
+    """[T, H, D] as rows of all heads, copied in blocks of a chunk of one head."""
+    block = [CHUNK_TOKENS, x.shape[2]]
+    columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    dtype = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], block, layout)
+
+
 @dataclass(frozen=True)
 class Pass:
     """One direction over the packed tokens: who runs, with which slopes and shape."""
@@ -79,10 +119,6 @@ class Pass:
     slopes: Tensor
     is_reverse: bool
 
-    @property
-    def precision(self) -> str:
-        return "ieee"
-
     def carries(
         self, k: Tensor, v: Tensor, initial: Tensor | None, is_transposed: bool = False
     ) -> Tensor | None:
@@ -90,15 +126,16 @@ class Pass:
         work, heads, size = self.direction, k.shape[1], k.shape[2]
         if not work.num_carries:
             return None
-        padded = triton.next_power_of_2(size)
-        columns = min(padded, 128 if k.dtype != torch.float32 else 32)
+        padded = max(triton.next_power_of_2(size), 16)
+        is_wide = k.dtype == torch.float32
+        columns = min(padded, 32 if is_wide else 128 if padded <= 128 else 64)
         partial = k.new_empty(work.num_pieces, heads, size, size, dtype=torch.float32)
         kernel.lightning_carry_pieces[triton.cdiv(size, columns), heads, work.num_pieces](
             k, v, self.slopes, work.pieces, partial,
             k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             heads,
-            DK=size, DV=size, BK=padded, BV=columns, BT=64 if k.dtype != torch.float32 else 32,
-            REVERSE=self.is_reverse, PRECISION=self.precision, num_warps=8, num_stages=3,
+            DK=size, DV=size, BK=padded, BV=columns, BT=32 if is_wide else 64,
+            REVERSE=self.is_reverse, PRECISION="ieee", num_warps=8, num_stages=1 if is_wide else 3,
         )  # fmt: skip
         carry = k.new_empty(work.num_carries, heads, size, size, dtype=torch.float32)
         kernel.lightning_carry_scan[triton.cdiv(size * size, 1024), heads](
@@ -124,21 +161,36 @@ class Pass:
         """[T, H, D] in the dtype of v; the states are [D of v, D of k] if transposed."""
         total, heads, size = q.shape
         out = torch.empty((total, heads, size), dtype=v.dtype, device=v.device)
-        columns = self.shape.columns
-        grid = (triton.cdiv(size, columns), heads, self.direction.num_segments)
-        kernel.lightning_run[grid](
-            q, k, v, out, self.slopes, self.chunks, self.direction.segments,
-            carry, initial, final,
+        work, shape = self.direction, self.shape
+        states = (
+            *_strides(carry, is_transposed),
+            *_strides(initial, is_transposed),
+            *_strides(final, is_transposed),
+        )
+        has = {
+            "HAS_CARRY": carry is not None,
+            "HAS_INIT": initial is not None,
+            "HAS_FINAL": final is not None,
+        }
+        if shape.is_hopper and _can_copy(q, k, v):
+            hopper.lightning_run_hopper[heads, work.num_segments](
+                _descriptor(q), _descriptor(k), _descriptor(v), out, self.slopes, self.chunks,
+                work.segments, carry, initial, final,
+                q.stride(1), k.stride(1), v.stride(1), out.stride(0), out.stride(1),
+                *states, heads,
+                D=size, BT=shape.chunk_tokens, STAGES=shape.stages, REVERSE=self.is_reverse, **has,
+                num_warps=shape.warps,
+            )  # fmt: skip
+            return out
+        shape = choose_shape(q.dtype, size, is_hopper=False)
+        kernel.lightning_run[triton.cdiv(size, shape.columns), heads, work.num_segments](
+            q, k, v, out, self.slopes, self.chunks, work.segments, carry, initial, final,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1),
             v.stride(0), v.stride(1), out.stride(0), out.stride(1),
-            *_strides(carry, is_transposed), *_strides(initial, is_transposed),
-            *_strides(final, is_transposed),
-            heads,
-            DK=size, DV=size, BK=triton.next_power_of_2(size), BV=columns,
-            BT=self.shape.chunk_tokens, REVERSE=self.is_reverse,
-            HAS_CARRY=carry is not None, HAS_INIT=initial is not None,
-            HAS_FINAL=final is not None, PRECISION=self.precision,
-            num_warps=self.shape.warps, num_stages=self.shape.stages,
+            *states, heads,
+            DK=size, DV=size, BK=max(triton.next_power_of_2(size), 16), BV=shape.columns,
+            BT=shape.chunk_tokens, REVERSE=self.is_reverse, **has, PRECISION="ieee",
+            num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
         return out
 
@@ -153,20 +205,21 @@ class Pass:
         initial: Tensor | None,
         final: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """dk and dv [T, H, D] from one pass backwards in time."""
+        """dk and dv [T, H, D], backwards in time; the states are gradients of states."""
+        if not (self.shape.is_hopper and _can_copy(q, k, v, do)):
+            dk = self.run(v, do, q, carry=carry, initial=initial, is_transposed=True)
+            return dk, self.run(k, q, do, carry=carry, initial=initial, final=final)
         total, heads, size = q.shape
         dk = torch.empty((total, heads, size), dtype=k.dtype, device=k.device)
         dv = torch.empty_like(dk)
-        kernel.lightning_bwd_keys_values[heads, self.direction.num_segments](
-            q, k, v, do, dk, dv, self.slopes, self.chunks, self.direction.segments,
-            carry, initial, final,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            do.stride(0), do.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
-            heads,
-            D=size, BD=triton.next_power_of_2(size), BT=self.shape.chunk_tokens,
+        hopper.lightning_bwd_keys_values[heads, self.direction.num_segments](
+            _descriptor(q), _descriptor(k), _descriptor(v), _descriptor(do), dk, dv, self.slopes,
+            self.chunks, self.direction.segments, carry, initial, final,
+            q.stride(1), k.stride(1), v.stride(1), do.stride(1),
+            dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), heads,
+            D=size, BT=self.shape.chunk_tokens, STAGES=self.shape.stages,
             HAS_CARRY=carry is not None, HAS_INIT=initial is not None,
-            HAS_FINAL=final is not None, PRECISION=self.precision,
-            num_warps=8, num_stages=3,
+            HAS_FINAL=final is not None, num_warps=self.shape.warps,
         )  # fmt: skip
         return dk, dv
 
@@ -174,7 +227,7 @@ class Pass:
 class _Lightning(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -183,7 +236,7 @@ class _Lightning(torch.autograd.Function):
         lengths: tuple[int, ...],
         with_final: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        shape = choose_shape(q.dtype, q.shape[2])
+        shape = choose_shape(q.dtype, q.shape[2], is_hopper=_is_hopper(q.device))
         plan = _plan(lengths, q, shape, initial is not None or with_final)
         forwards = Pass(shape, plan.chunks, plan.forward, slopes, False)
         carry = forwards.carries(k, v, initial)
@@ -200,9 +253,7 @@ class _Lightning(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: FunctionCtx, do: Tensor | None, dfinal: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, slopes, initial, carry = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else _rows(do)
         dfinal = None if dfinal is None else dfinal.contiguous()
@@ -211,11 +262,7 @@ class _Lightning(torch.autograd.Function):
         back = Pass(ctx.shape, ctx.plan.chunks, ctx.plan.backward, slopes, True)
         dcarry = back.carries(q, do, dfinal)
         dinitial = torch.empty_like(initial) if ctx.needs_input_grad[4] else None
-        if FUSED:
-            dk, dv = back.keys_values(q, k, v, do, carry=dcarry, initial=dfinal, final=dinitial)
-        else:
-            dk = back.run(v, do, q, carry=dcarry, initial=dfinal, is_transposed=True)
-            dv = back.run(k, q, do, carry=dcarry, initial=dfinal, final=dinitial)
+        dk, dv = back.keys_values(q, k, v, do, carry=dcarry, initial=dfinal, final=dinitial)
         return dq, dk, dv, None, dinitial, None, None
 
 
@@ -237,7 +284,13 @@ def lightning_triton(
     """Same numbers as `lightning_reference`; arguments checked by `op.lightning_attention`."""
     initial = None if initial_state is None else initial_state.contiguous()
     return _Lightning.apply(
-        _rows(q), _rows(k), _rows(v), slopes.float().contiguous(), initial, tuple(lengths), with_final
+        _rows(q),
+        _rows(k),
+        _rows(v),
+        slopes.float().contiguous(),
+        initial,
+        tuple(lengths),
+        with_final,
     )
 
 

@@ -137,9 +137,7 @@ def _runs_triton(q: Tensor) -> bool:
     return q.is_cuda and q.dtype in TRITON_DTYPES and q.shape[2] <= MAX_TRITON_SIZE
 
 
-def _step(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def _step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token a sequence: the recurrence itself."""
     wide = state.dtype
     state = torch.exp(-slopes.to(wide))[:, None, None] * state

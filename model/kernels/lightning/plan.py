@@ -106,9 +106,7 @@ def plan_work(
             starts.append(start)
             counts.append(count)
             owners.append(owner)
-            meta.append(
-                count + FIRST * (start == begin) + LAST * (start + chunk_tokens >= end)
-            )
+            meta.append(count + FIRST * (start == begin) + LAST * (start + chunk_tokens >= end))
     layout = _Layout(starts, counts, owners, seq_starts)
     borders = _borders(owners, heads, programs, is_split)
     # a piece is short enough that all heads' pieces fill the device several times
@@ -161,7 +159,9 @@ def _is_last(layout: _Layout, chunk: int) -> bool:
 def _forward(
     layout: _Layout, borders: list[int], piece_tokens: int, device: torch.device
 ) -> Direction:
-    segments, pieces, carries = [], [], []
+    segments: list[tuple[int, ...]] = []
+    pieces: list[tuple[int, ...]] = []
+    carries: list[tuple[int, ...]] = []
     for index, (low, high) in enumerate(pairwise(borders)):
         row, owner, starts = -1, layout.owners[low], _is_first(layout, low)
         if not starts:
@@ -184,7 +184,9 @@ def _forward(
 def _backward(
     layout: _Layout, borders: list[int], piece_tokens: int, device: torch.device
 ) -> Direction:
-    segments, pieces, carries = [], [], []
+    segments: list[tuple[int, ...]] = []
+    pieces: list[tuple[int, ...]] = []
+    carries: list[tuple[int, ...]] = []
     for index in range(len(borders) - 2, -1, -1):
         low, high = borders[index], borders[index + 1]
         row, owner, ends = -1, layout.owners[high - 1], _is_last(layout, high - 1)
@@ -196,8 +198,7 @@ def _backward(
             end = min(segment_end, seq_end)
             row, first = len(carries), len(pieces)
             pieces += [
-                (at, min(at + piece_tokens, end), border)
-                for at in range(border, end, piece_tokens)
+                (at, min(at + piece_tokens, end), border) for at in range(border, end, piece_tokens)
             ]
             through = seq_end > segment_end
             carries.append((first, len(pieces), end - border, int(through), owner))
