@@ -17,6 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# triton 3.6 to 3.9 renamed both
+copy_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+sync_warps = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
 
 @gluon.jit
 def _chunk_index(low, high, i, REVERSE: gl.constexpr):
@@ -88,9 +92,9 @@ def lightning_run_hopper(
         if low + i < high:
             t = gl.load(p_chunks + _chunk_index(low, high, low + i, REVERSE) * 2)
             mbarrier.expect(bars.index(i), 3 * BT * D * 2)
-            tma.async_copy_global_to_shared(d_q, [t, c_q], bars.index(i), q_s.index(i))
-            tma.async_copy_global_to_shared(d_k, [t, c_k], bars.index(i), k_s.index(i))
-            tma.async_copy_global_to_shared(d_v, [t, c_v], bars.index(i), v_s.index(i))
+            copy_block(d_q, [t, c_q], bars.index(i), q_s.index(i))
+            copy_block(d_k, [t, c_k], bars.index(i), k_s.index(i))
+            copy_block(d_v, [t, c_v], bars.index(i), v_s.index(i))
 
     # transposed, [D of v, D of k]: as left factor it stays in registers
     state = gl.zeros([D, D], gl.float32, mma_s)
@@ -149,20 +153,20 @@ def lightning_run_hopper(
         decay = gl.exp2(log_i[None, :] - log_j[:, None])
         a_s.store(gl.where(m_a, b_a * decay, 0.0).to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        sync_warps()
         state = warpgroup_mma(v_c.permute((1, 0)), kf_s, state, is_async=True)
         b_o = warpgroup_mma_wait(1, deps=(b_o,))
         b_o = b_o * query_fade[None, :]
         b_o = warpgroup_mma(v_c.permute((1, 0)), a_s, b_o, is_async=True)
         b_o, state = warpgroup_mma_wait(0, deps=(b_o, state))
         # every warp is done with this stage before it is filled again
-        gl.thread_barrier()
+        sync_warps()
         if i + STAGES < high:
             t = gl.load(p_chunks + _chunk_index(low, high, i + STAGES, REVERSE) * 2)
             mbarrier.expect(bars.index(stage), 3 * BT * D * 2)
-            tma.async_copy_global_to_shared(d_q, [t, c_q], bars.index(stage), q_c)
-            tma.async_copy_global_to_shared(d_k, [t, c_k], bars.index(stage), k_c)
-            tma.async_copy_global_to_shared(d_v, [t, c_v], bars.index(stage), v_c)
+            copy_block(d_q, [t, c_q], bars.index(stage), q_c)
+            copy_block(d_k, [t, c_k], bars.index(stage), k_c)
+            copy_block(d_v, [t, c_v], bars.index(stage), v_c)
         b_out = gl.convert_layout(b_o.to(dtype).permute((1, 0)), rows)
         o_t = (start + t_r).to(gl.int64)[:, None]
         gl.store(p_o + o_t * s_o_t + d_r[None, :], b_out, mask=(t_r < n)[:, None])
@@ -221,10 +225,10 @@ def lightning_bwd_keys_values(
         if low + i < high:
             t = gl.load(p_chunks + _chunk_index(low, high, low + i, True) * 2)
             mbarrier.expect(bars.index(i), 4 * BT * D * 2)
-            tma.async_copy_global_to_shared(d_q, [t, c_q], bars.index(i), q_s.index(i))
-            tma.async_copy_global_to_shared(d_k, [t, c_k], bars.index(i), k_s.index(i))
-            tma.async_copy_global_to_shared(d_v, [t, c_v], bars.index(i), v_s.index(i))
-            tma.async_copy_global_to_shared(d_do, [t, c_do], bars.index(i), do_s.index(i))
+            copy_block(d_q, [t, c_q], bars.index(i), q_s.index(i))
+            copy_block(d_k, [t, c_k], bars.index(i), k_s.index(i))
+            copy_block(d_v, [t, c_v], bars.index(i), v_s.index(i))
+            copy_block(d_do, [t, c_do], bars.index(i), do_s.index(i))
 
     # [D of k, D of v]
     state = gl.zeros([D, D], gl.float32, mma_s)
@@ -279,7 +283,7 @@ def lightning_bwd_keys_values(
         dof_s.store((b_do.to(gl.float32) * query_fade[:, None]).to(dtype))
         state = state * fade
         fence_async_shared()
-        gl.thread_barrier()
+        sync_warps()
         b_dv = gl.zeros([D, BT], gl.float32, mma_o)
         b_dv = warpgroup_mma(
             state_s.permute((1, 0)), k_c.permute((1, 0)), b_dv, use_acc=False, is_async=True
@@ -290,7 +294,7 @@ def lightning_bwd_keys_values(
         ds_s.store(gl.where(m_a, b_ds * decay, 0.0).to(dtype))
         a_s.store(gl.where(m_a, b_a * decay, 0.0).to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        sync_warps()
         b_dk = warpgroup_mma_wait(2, deps=(b_dk,))
         b_dk = b_dk * carry_fade[None, :]
         b_dk = warpgroup_mma(q_c.permute((1, 0)), ds_s, b_dk, is_async=True)
@@ -304,14 +308,14 @@ def lightning_bwd_keys_values(
         gl.store(p_dk + o_t * s_dk_t + d_r[None, :], b_out, mask=m_t)
         b_dv = warpgroup_mma_wait(0, deps=(b_dv,))
         # every warp is done with this stage before it is filled again
-        gl.thread_barrier()
+        sync_warps()
         if i + STAGES < high:
             t = gl.load(p_chunks + _chunk_index(low, high, i + STAGES, True) * 2)
             mbarrier.expect(bars.index(stage), 4 * BT * D * 2)
-            tma.async_copy_global_to_shared(d_q, [t, c_q], bars.index(stage), q_c)
-            tma.async_copy_global_to_shared(d_k, [t, c_k], bars.index(stage), k_c)
-            tma.async_copy_global_to_shared(d_v, [t, c_v], bars.index(stage), v_c)
-            tma.async_copy_global_to_shared(d_do, [t, c_do], bars.index(stage), do_c)
+            copy_block(d_q, [t, c_q], bars.index(stage), q_c)
+            copy_block(d_k, [t, c_k], bars.index(stage), k_c)
+            copy_block(d_v, [t, c_v], bars.index(stage), v_c)
+            copy_block(d_do, [t, c_do], bars.index(stage), do_c)
         b_out = gl.convert_layout(b_dv.to(dtype).permute((1, 0)), rows)
         gl.store(p_dv + o_t * s_dv_t + d_r[None, :], b_out, mask=m_t)
         start, meta = next_start, next_meta

@@ -109,8 +109,10 @@ def lightning_carry_scan(
                 alive = begin < border + reach
             else:
                 alive = end > border - reach
-            o_p = (i_p * H + i_h) * DK * DV + b_e
-            carry += tl.load(p_pieces_out + o_p, mask=m_e & alive, other=0.0)
+            # a dead piece was not written
+            if alive:
+                o_p = (i_p * H + i_h) * DK * DV + b_e
+                carry += tl.load(p_pieces_out + o_p, mask=m_e, other=0.0)
         tl.store(p_out + (i_c * H + i_h) * DK * DV + b_e, carry, mask=m_e)
 
 
