@@ -66,11 +66,13 @@ def to_example(completion: Completion, advantage: float, place: str) -> Example:
     )
 
 
-def examples_of(groups: Sequence[Group], found: Advantages) -> list[Example]:
+def examples_of(
+    groups: Sequence[Group], advantages: Sequence[Sequence[float | None]]
+) -> list[Example]:
     """One example per response that has an advantage, in order; the others are not trained on."""
     return [
         to_example(completion, advantage, f"{group.row.origin}#{completion.sample}")
-        for group, values in zip(groups, found.values, strict=True)
+        for group, values in zip(groups, advantages, strict=True)
         for completion, advantage in zip(group.completions, values, strict=True)
         if advantage is not None
     ]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
+from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -104,18 +105,13 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
         trained_tokens, seconds, step, and whatever the losses measured.
 
     Raises:
-        ValueError: if nothing is trained, or the accelerator accumulates gradients by itself.
+        ValueError: if nothing is trained, the accelerator accumulates gradients by itself, or
+            shards in a way that is not supported: DeepSpeed, FSDP 1, adapters under FSDP.
         RuntimeError: if a loss or gradient norm is not finite (names step and rows), a checkpoint
             cannot be written, or does not belong to this run.
     """
     accelerator = job.accelerator
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"Accelerator.gradient_accumulation_steps = {accelerator.gradient_accumulation_steps}, "
-            "expected 1; microbatches are set by micro_sequences"
-        )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed is not supported by backend: native; launch with ddp or fsdp2")
+    _check(accelerator, model)
     set_seed(job.seed, device_specific=True)
     if config.gradient_checkpointing:
         _recompute_activations(model)
@@ -147,6 +143,21 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
         accelerator.free_memory()
     model.eval()
     return dict(run.last)
+
+
+def _check(accelerator: Accelerator, model: nn.Module) -> None:
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"Accelerator.gradient_accumulation_steps = {accelerator.gradient_accumulation_steps}, "
+            "expected 1; microbatches are set by micro_sequences"
+        )
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed is not supported by backend: native; launch with ddp or fsdp2")
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP 1 is not supported; set fsdp_version: 2 or launch with ddp")
+    if kind == DistributedType.FSDP and isinstance(model, PeftModel):
+        raise ValueError("lora is not supported under FSDP; launch with ddp or remove lora")
 
 
 def _one_step(run: _Run, index: int) -> None:

@@ -158,6 +158,25 @@ def save_policy(
     model.save_pretrained(str(folder), state_dict=state)
     tokenizer.save_pretrained(folder)
     if isinstance(model, PeftModel) and base is not None:
-        relative = os.path.relpath(base.absolute(), folder.absolute())
-        pointer = {"path": Path(relative).as_posix(), "digest": weights_digest(base)}
+        relative = Path(os.path.relpath(base.absolute(), folder.absolute())).as_posix()
+        pointer = {"path": relative, "digest": weights_digest(base)}
         (folder / BASE).write_text(json.dumps(pointer, indent=1) + "\n", encoding="utf-8")
+        _settle_adapter(folder, relative)
+
+
+def _settle_adapter(folder: Path, base: str) -> None:
+    """Makes an adapter's files the same wherever and whenever it is saved.
+
+    peft writes the absolute path of the base, sets in the order of the process's hashes, and a
+    model card that repeats both.
+    """
+    path = folder / "adapter_config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written["base_model_name_or_path"] = base
+    settled = {key: sorted(v) if _is_names(v) else v for key, v in sorted(written.items())}
+    path.write_text(json.dumps(settled, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +23,7 @@ from align.course import Job
 from align.data.mixture import mix
 from align.data.render import render_item, render_prompt
 from align.data.rows import PromptRow, Row
-from align.data.sources import DataConfig, SourceReport, read_source
+from align.data.sources import KEPT_REASONS, DataConfig, read_source
 from align.experience import Group, response_text
 from model import HybridForCausalLM
 from reward.scorer import InProcessScorer, load_scorer
@@ -70,42 +71,57 @@ def read_prompts(
     Raises:
         ValueError: if a row is no prompt, is too long, or can be judged by nobody.
     """
-    given: list[list[Prompt]] = []
-    reports: list[SourceReport] = []
-    too_long: list[int] = []
-    for source in data:
-        rows, report = read_source(
-            source, base=job.base, inputs=job.inputs, seed=job.seed, kind="prompt"
-        )
-        found = [_prompt(row, tokenizer, has_reward="reward" in job.inputs) for row in rows]
-        fitting = [prompt for prompt in found if len(prompt.tokens) <= max_tokens]
-        if not fitting or (len(fitting) < len(found) and source.too_long != "skip"):
-            long = next(prompt for prompt in found if len(prompt.tokens) > max_tokens)
-            raise ValueError(
-                f"{long.row.origin}: the prompt has {len(long.tokens)} tokens, expected at most "
-                f"{max_tokens} before its response; raise the stage's limit, or set too_long: skip "
-                f"({len(fitting)} of {len(found)} prompts of {source.label} fit)"
-            )
-        given.append(fitting)
-        reports.append(report)
-        too_long.append(len(found) - len(fitting))
-    lengths = [[len(prompt.tokens) for prompt in each] for each in given]
-    taken = mix(lengths, [source.weight for source in data], seed=job.seed)
+    given = [_read(source, job=job, tokenizer=tokenizer, max_tokens=max_tokens) for source in data]
+    weights = [source.weight for source in data]
+    taken = mix([len(found) for found, _ in given], weights, seed=job.seed)
     return Prompts(
-        items=tuple(each[i] for each, rows in zip(given, taken, strict=True) for i in rows),
+        items=tuple(found[i] for (found, _), rows in zip(given, taken, strict=True) for i in rows),
         data=tuple(
-            {
-                **dataclasses.asdict(report),
-                "too_long": long,
-                "taken": len(rows),
-                "tokens": sum(sizes[i] for i in rows),
-            }
-            for report, long, rows, sizes in zip(reports, too_long, taken, lengths, strict=True)
+            {**told, "taken": len(rows), "tokens": sum(len(found[i].tokens) for i in rows)}
+            for (found, told), rows in zip(given, taken, strict=True)
         ),
     )
 
 
-def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, *, has_reward: bool) -> Prompt:
+def _read(
+    source: DataConfig, *, job: Job, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[list[Prompt], dict[str, Any]]:
+    """The prompts of one source under its policies, and what became of its rows."""
+    rows, report = read_source(
+        source, base=job.base, inputs=job.inputs, seed=job.seed, kind="prompt"
+    )
+    found: list[Prompt] = []
+    reasons: list[str] = []
+    for any_row in rows:
+        row = _judgeable(any_row, has_reward="reward" in job.inputs)
+        try:
+            found.append(Prompt(row, render_prompt(row.prompt, tokenizer)))
+        except ValueError as error:
+            if source.on_bad_row == "error":
+                raise ValueError(
+                    f"{row.origin}: {error} (on_bad_row: skip leaves such rows out)"
+                ) from error
+            reasons.append(f"{row.origin}: {error}")
+    fitting = [prompt for prompt in found if len(prompt.tokens) <= max_tokens]
+    if len(fitting) < len(found) and (source.too_long != "skip" or not fitting):
+        long = next(prompt for prompt in found if len(prompt.tokens) > max_tokens)
+        raise ValueError(
+            f"{long.row.origin}: the prompt has {len(long.tokens)} tokens, expected at most "
+            f"{max_tokens} before its response; raise the stage's limit, or set too_long: skip "
+            f"({len(fitting)} of {len(found)} prompts of {source.label} fit)"
+        )
+    if not fitting:
+        raise ValueError(f"{source.label}: no prompt is left of {len(rows)}, first {reasons[0]}")
+    left = dataclasses.replace(
+        report,
+        rows=len(fitting),
+        skipped=report.skipped + len(reasons),
+        reasons=(*report.reasons, *reasons)[:KEPT_REASONS],
+    )
+    return fitting, {**dataclasses.asdict(left), "too_long": len(found) - len(fitting)}
+
+
+def _judgeable(row: Row, *, has_reward: bool) -> PromptRow:
     if not isinstance(row, PromptRow):
         raise ValueError(
             f"{row.origin}: a {type(row).__name__}, expected a prompt; set `as: prompt` on its "
@@ -116,7 +132,7 @@ def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, *, has_reward: bool) -
             f"{row.origin}: names no verifier and the stage has no reward model, so no response to "
             "it can be judged; name a verifier, or add `reward:` to the stage"
         )
-    return Prompt(row, render_prompt(row.prompt, tokenizer))
+    return row
 
 
 def open_scorer(job: Job, tokenizer: PreTrainedTokenizerBase) -> Scorer:
@@ -139,13 +155,18 @@ def open_scorer(job: Job, tokenizer: PreTrainedTokenizerBase) -> Scorer:
 
 
 def open_engine(
-    model: HybridForCausalLM | PeftModel, *, max_concurrent: int, max_tokens: int
+    model: HybridForCausalLM | PeftModel,
+    *,
+    max_concurrent: int,
+    max_tokens: int,
+    autocast: torch.dtype | None = None,
 ) -> NativeEngine:
     """An engine on the live weights, adapters on, with room for its slots at their longest.
 
     Args:
         max_concurrent: responses decoded at once.
         max_tokens: longest prompt and response together.
+        autocast: as in `NativeEngine`.
     """
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(plain, HybridForCausalLM), "adapters wrap the project's own model"
@@ -154,6 +175,7 @@ def open_engine(
         max_slots=max_concurrent + 1,
         max_cache_tokens=(max_concurrent + 1) * (max_tokens + PAGE_TOKENS),
         page_tokens=PAGE_TOKENS,
+        autocast=autocast,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.cache import CacheStep
 from model.config import HybridConfig
 from model.kernels.attention.op import cached_attention, packed_attention
+from model.kernels.linear.op import Linear
 from model.packed import Packed
 from model.rotary import rotate
 
@@ -28,10 +29,10 @@ class SoftmaxAttention(nn.Module):
         self.window = config.window(layer)
         width = config.num_attention_heads * self.head_dim
         kv_width = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, width)
+        self.k_proj = Linear(config.hidden_size, kv_width)
+        self.v_proj = Linear(config.hidden_size, kv_width)
+        self.o_proj = Linear(width, config.hidden_size)
         self.core: Core = packed_attention
 
     def forward(

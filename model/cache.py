@@ -247,8 +247,9 @@ class DecodeCache(Cache):
         """Tokens held by the longest slot: every layer has seen the same tokens."""
         return max(self.lengths)
 
-    def get_max_length(self) -> int | None:
-        return None
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1, which is transformers' word for no limit."""
+        return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Slot i becomes a copy of slot beam_idx[i], as beam search asks."""

@@ -6,7 +6,7 @@ and each of them defaults to what transformers computes.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from transformers.models.minimax.configuration_minimax import MiniMaxConfig
 
@@ -31,6 +31,12 @@ class HybridConfig(MiniMaxConfig):
         >>> HybridConfig(num_hidden_layers=8).layer_types[-2:]
         ['linear_attention', 'full_attention']
     """
+
+    if TYPE_CHECKING:
+        # filled in by __post_init__, so never null afterwards
+        layer_types: list[str]
+        head_dim: int
+        rope_parameters: dict[str, Any]
 
     rotary_dim: int | None = None
     """Leading dimensions of each head that are rotated; null rotates all of head_dim."""

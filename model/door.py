@@ -125,8 +125,9 @@ def check_hints(
     Raises:
         ValueError: if `cu_seq_lens_k` differs from `cu_seqlens`, or if `seq_idx` comes alone.
     """
-    same = cu_seqlens is not None and cu_seq_lens_k is not None
-    if cu_seq_lens_k is not None and not (same and torch.equal(cu_seqlens, cu_seq_lens_k)):
+    if cu_seq_lens_k is not None and (
+        cu_seqlens is None or not torch.equal(cu_seqlens, cu_seq_lens_k)
+    ):
         raise ValueError(
             "cu_seq_lens_k differs from cu_seq_lens_q: keys and queries are the same tokens here; "
             "give both alike or cu_seq_lens_q alone"
@@ -281,4 +282,5 @@ def _from_borders(
             "position_ids do not restart at 0 at the borders of cu_seq_lens_q: the two disagree "
             "about where documents begin"
         )
-    return Door(Packed(input_ids.flatten(), own, lengths), tuple(input_ids.shape), None, ())
+    batch, length = input_ids.shape
+    return Door(Packed(input_ids.flatten(), own, lengths), (batch, length), None, ())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from model.attention import SoftmaxAttention
 from model.cache import CacheStep, DecodeCache
@@ -91,12 +91,15 @@ class Block(nn.Module):
             branch = self.self_attn(normed, packed, cache)
         else:
             branch = self.self_attn(normed, packed, angles, cache)
-        alpha, beta = self.attn_gain
-        x = alpha * (normed if self.postnorm else x) + beta * branch
+        x = _join(normed if self.postnorm else x, branch, self.attn_gain)
         normed = self.post_attention_layernorm(x)
         branch, router_logits = self.mlp(normed)
-        alpha, beta = self.mlp_gain
-        return alpha * (normed if self.postnorm else x) + beta * branch, router_logits
+        return _join(normed if self.postnorm else x, branch, self.mlp_gain), router_logits
+
+
+def _join(residual: Tensor, branch: Tensor, gain: tuple[float, float]) -> Tensor:
+    alpha, beta = gain
+    return torch.add(branch if beta == 1 else beta * branch, residual, alpha=alpha)
 
 
 class HybridPreTrainedModel(PreTrainedModel):
@@ -106,13 +109,13 @@ class HybridPreTrainedModel(PreTrainedModel):
     config_class = HybridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
-    _skip_keys_device_placement = ("past_key_values", "cache")
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     # transformers writes its decay tables into checkpoints; ours are derived, never stored
-    _keys_to_ignore_on_load_unexpected = (
-        r"self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)$",
-    )
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)$"
+    ]
     # recurrent: generation methods that roll the cache back are refused by transformers
     _is_stateful = True
 
@@ -211,13 +214,12 @@ class HybridModel(HybridPreTrainedModel):
     ) -> MoeModelOutputWithPast:
         """A call in transformers' form; [B, L] in, [B, L, C] out.
 
-        `cu_seq_lens_k`, `max_length_*` and `seq_idx` come with `cu_seq_lens_q` from collators and
-        say the same again.
+        `cu_seq_lens_k`, `max_length_*` and `seq_idx` say again what `cu_seq_lens_q` says.
 
         Raises:
             ValueError: if the input is missing or given twice, or asks for what is not computed.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is not None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if output_attentions or output_hidden_states or return_dict is False:
             raise ValueError(
@@ -225,9 +227,9 @@ class HybridModel(HybridPreTrainedModel):
                 "leave them out"
             )
         if input_ids is None:
-            input_ids = torch.zeros(
-                inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device
-            )
+            if inputs_embeds is None:
+                raise ValueError("give exactly one of input_ids and inputs_embeds")
+            input_ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.int64)
         check_hints(cu_seq_lens_q, position_ids, cu_seq_lens_k, seq_idx)
         cache = past_key_values
         if use_cache and cache is None:
@@ -237,15 +239,15 @@ class HybridModel(HybridPreTrainedModel):
         embeddings = None if inputs_embeds is None else door.unpad(inputs_embeds)
         slots = door.members if cache is not None else ()
         out = self.run(door.packed, cache=cache, slots=slots, embeddings=embeddings)
-        wanted = self.config.output_router_logits
-        wanted = wanted if output_router_logits is None else output_router_logits
+        wanted = output_router_logits
+        wanted = self.config.output_router_logits if wanted is None else wanted
+        # [T, E] -> [B * L, E], zeros at padding: what transformers' balance loss reads
+        flat = tuple(door.repad(logits).flatten(0, 1) for logits in out.router_logits)
+        # transformers annotates FloatTensor, which no torch function returns
         return MoeModelOutputWithPast(
-            last_hidden_state=door.repad(out.hidden),
+            last_hidden_state=door.repad(out.hidden),  # type: ignore[arg-type]
             past_key_values=cache,
-            # [T, E] -> [B * L, E], zeros at padding: what transformers' balance loss reads
-            router_logits=tuple(door.repad(x).flatten(0, 1) for x in out.router_logits)
-            if wanted
-            else None,
+            router_logits=flat if wanted else None,  # type: ignore[arg-type]
         )
 
     def new_cache(self, batch: int) -> DecodeCache:
@@ -265,8 +267,7 @@ class HybridModel(HybridPreTrainedModel):
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     """The language model: trunk and LM head.
 
-    Two ways in: `model(packed=..., targets=...)` for this project's own loops, and transformers'
-    padded or packed keyword form for everybody else's.
+    Two ways in: `model(packed=..., targets=...)`, and transformers' padded or packed keywords.
 
     Example:
         >>> from model.config import preset
@@ -332,8 +333,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         )
         if packed is not None:
             return self._forward_packed(packed, targets, temperature, with_entropy)
-        wanted = self.config.output_router_logits
-        wanted = wanted if output_router_logits is None else output_router_logits
+        wanted = output_router_logits
+        wanted = self.config.output_router_logits if wanted is None else wanted
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -371,8 +372,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
         return MoeCausalLMOutputWithPast(
             loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
+            aux_loss=aux_loss,  # type: ignore[arg-type]
+            logits=logits,  # type: ignore[arg-type]
             past_key_values=out.past_key_values,
             router_logits=out.router_logits,
         )

@@ -23,6 +23,7 @@ from torch import Tensor
 from model.config import HybridConfig
 
 Layout = Literal["native", "transformers-disk", "text-01", "vllm"]
+Layers = Literal["none", "all", "lightning", "softmax"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -41,7 +42,7 @@ class Row:
             the output dimension, and those with {expert} are stacked over the experts.
     """
 
-    layers: Literal["none", "all", "lightning", "softmax"]
+    layers: Layers
     native: str
     public: tuple[str, ...]
 
@@ -53,25 +54,25 @@ class Row:
 _LAYER = "model.layers.{layer}."
 _MOE = _LAYER + "block_sparse_moe."
 
+
+def _same(layers: Layers, name: str) -> Row:
+    return Row(layers, _LAYER + name, (_LAYER + name,))
+
+
 TENSORS: tuple[Row, ...] = (
     Row("none", EMBEDDINGS, (EMBEDDINGS,)),
     Row("none", "model.norm.weight", ("model.norm.weight",)),
     Row("none", HEAD, (HEAD,)),
-    *(
-        Row(layers, _LAYER + name, (_LAYER + name,))
-        for layers, name in (
-            ("all", "input_layernorm.weight"),
-            ("all", "post_attention_layernorm.weight"),
-            ("lightning", "self_attn.qkv_proj.weight"),
-            ("lightning", "self_attn.out_proj.weight"),
-            ("lightning", "self_attn.output_gate.weight"),
-            ("lightning", "self_attn.norm.weight"),
-            ("softmax", "self_attn.q_proj.weight"),
-            ("softmax", "self_attn.k_proj.weight"),
-            ("softmax", "self_attn.v_proj.weight"),
-            ("softmax", "self_attn.o_proj.weight"),
-        )
-    ),
+    _same("all", "input_layernorm.weight"),
+    _same("all", "post_attention_layernorm.weight"),
+    _same("lightning", "self_attn.qkv_proj.weight"),
+    _same("lightning", "self_attn.out_proj.weight"),
+    _same("lightning", "self_attn.output_gate.weight"),
+    _same("lightning", "self_attn.norm.weight"),
+    _same("softmax", "self_attn.q_proj.weight"),
+    _same("softmax", "self_attn.k_proj.weight"),
+    _same("softmax", "self_attn.v_proj.weight"),
+    _same("softmax", "self_attn.o_proj.weight"),
     Row("all", _LAYER + "mlp.gate.weight", (_MOE + "gate.weight",)),
     Row(
         "all",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from model.cache import CacheStep
 from model.config import HybridConfig
 from model.kernels.lightning.op import lightning_attention
+from model.kernels.linear.op import Linear
 from model.norm import RMSNorm
 from model.packed import Packed
 
@@ -26,8 +27,8 @@ def decay_slopes(heads: int, layer: int, num_layers: int, device: torch.device) 
     checkpoint can change it.
 
     Example:
-        >>> decay_slopes(8, 0, 80, torch.device("cpu"))[:2].tolist()
-        [0.500005006790161, 0.25000250339508057]
+        >>> decay_slopes(8, 0, 80, torch.device("cpu"))[:2]
+        tensor([0.5000, 0.2500])
     """
     # a tensor first made in inference mode could never be saved for a later backward
     with torch.inference_mode(False):
@@ -52,9 +53,9 @@ class LightningAttention(nn.Module):
         self.heads = config.num_attention_heads
         self.head_dim = config.head_dim
         width = self.heads * self.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * width, bias=False)
-        self.out_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.output_gate = nn.Linear(config.hidden_size, width, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, 3 * width)
+        self.out_proj = Linear(width, config.hidden_size)
+        self.output_gate = Linear(config.hidden_size, width)
         self.norm = RMSNorm(width, config.lightning_norm_eps)
         self.core: Core = lightning_attention
 
@@ -73,5 +74,6 @@ class LightningAttention(nn.Module):
             return self.core(q, k, v, slopes, lengths)[0]
         state = cache.state(self.layer)
         out, final = self.core(q, k, v, slopes, lengths, initial_state=state, with_final=True)
+        assert final is not None, "asked for by with_final"
         cache.put_state(self.layer, final)
         return out

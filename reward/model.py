@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from model import HybridModel, Packed
 from model.moe import router_losses
@@ -26,7 +27,7 @@ from reward.hierarchy import Hierarchy
 
 HEADS_FILE = "heads.safetensors"
 REWARD_FILE = "reward.json"
-HEADS = ("values.weight", "gate.weight", "gate.bias")
+FP32 = torch.float32
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class RewardOutput:
         overall: [S] fp32, the heads' gate-weighted total: the hierarchy's weights on raw values
             instead of their sigmoids, so that pairs labelled with nothing finer can be learned
             without saturation. Floors and ceilings are the score's, not its.
-        gate: [S, M] fp32, weights of the hierarchy's M dimensions, sum 1; None without prompt
-            lengths or without a learned gate.
+        gate: [S, M] fp32, weights of the hierarchy's M dimensions, sum 1; None without a learned
+            gate.
         aux_loss: the router's losses, a mean over the T tokens; None if every coefficient is 0.
     """
 
@@ -94,16 +95,16 @@ class RewardModel(nn.Module):
                 "set head: true on a signal"
             )
         weights = torch.tensor([d.weight for d in hierarchy.dimensions.values()])
+        generator = torch.Generator().manual_seed(seed)
         # fp32 whatever the trunk's dtype: differences of scores are smaller than bf16 resolves.
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
-            # No bias: Bradley-Terry compares scores, so a common shift would never be trained.
-            self.values = nn.Linear(width, len(self.signals), bias=False, dtype=torch.float32)
-            self.values.weight.normal_(std=(width + 1) ** -0.5)
-            self.gate: nn.Linear | None = None
+        # No bias: Bradley-Terry compares scores, so a common shift would never be trained.
+        self.values = skip_init(nn.Linear, width, len(self.signals), bias=False, dtype=FP32)
+        self.gate: nn.Linear | None = None
+        with torch.no_grad():
+            self.values.weight.normal_(std=(width + 1) ** -0.5, generator=generator)
             if hierarchy.gate == "learned":
                 # Starts as the declared gate, whatever the prompt.
-                self.gate = nn.Linear(width, len(weights), dtype=torch.float32)
+                self.gate = skip_init(nn.Linear, width, len(weights), dtype=FP32)
                 self.gate.weight.zero_()
                 self.gate.bias.copy_((weights / weights.sum()).log())
         self.to(device)
@@ -114,8 +115,11 @@ class RewardModel(nn.Module):
         Args:
             prompt_lengths: tokens of each sequence up to its response; needed for a learned gate.
 
-        Raises: ValueError if there are not S prompt lengths, or one is not 1 to length - 1.
+        Raises: ValueError if a learned gate has no prompt lengths, there are not S of them, or one
+            is not 1 to length - 1.
         """
+        if self.gate is not None and prompt_lengths is None:
+            raise ValueError("hierarchy.gate = learned reads the prompts; pass prompt_lengths")
         ends = list(accumulate(packed.lengths))
         hidden, router_logits = self.trunk.run(packed)
         gate = None

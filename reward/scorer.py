@@ -124,7 +124,7 @@ class InProcessScorer:
         device = model.values.weight.device
         packed = Packed.from_sequences([tokens[index] for index in batch], device=device)
         prompts = None
-        if self._encode_prompt is not None:
+        if model.gate is not None and self._encode_prompt is not None:
             prompts = [len(self._encode_prompt(items[index])) for index in batch]
         output = model(packed, prompts)
         values = output.values.tolist()

@@ -7,7 +7,9 @@ manifest was touched afterwards; neither is ever used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MANIFEST = "manifest.json"
 START = "start"
+PACKAGES = ("hybrid-align", "torch", "transformers", "accelerate", "peft", "trl", "tokenizers")
 
 
 class FileEntry(BaseModel):
@@ -262,3 +265,12 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that shape a result, as far as they are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

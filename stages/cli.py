@@ -49,6 +49,7 @@ Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an erro
 @app.command()
 def run(
     recipe: RecipeFile,
+    *,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/<name> if absent.")] = None,
     sets: Sets = None,
     until: Annotated[str, typer.Option(help="Last stage to run.")] = "",
@@ -110,6 +111,7 @@ def check(
 def evaluate(
     recipe: RecipeFile,
     policy: Folder,
+    *,
     parent: Annotated[Path | None, typer.Option(help="Policy that it was made from.")] = None,
     reward: Annotated[Path | None, typer.Option(help="Reward artifact that judges.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Name of an eval; all if absent.")] = None,
@@ -142,6 +144,7 @@ def evaluate(
 def generate(
     policy: Folder,
     prompt: Annotated[str, typer.Argument(help="What the user says; - reads standard input.")],
+    *,
     system: Annotated[str, typer.Option(help="System message.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 1.0,
@@ -185,13 +188,16 @@ def score(
 def export(
     policy: Folder,
     folder: Annotated[Path, typer.Argument(help="Where the checkpoint shall stand.")],
+    bf16: Annotated[bool, typer.Option("--bf16", help="Round the weights to bf16.")] = False,
     traceback: Traceback = False,
 ) -> None:
     """Writes a policy as one plain checkpoint, its adapters merged."""
     with _guarded(traceback):
+        import torch
+
         from stages.commands import export_policy
 
-        export_policy(policy, folder)
+        export_policy(policy, folder, dtype=torch.bfloat16 if bf16 else torch.float32)
         typer.echo(str(folder))
 
 

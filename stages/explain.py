@@ -33,6 +33,9 @@ def _explain(
 ) -> ConfigError:
     # An unknown key is named first: a misspelt key also makes the right one look missing.
     found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
+    # A list whose only item is wrong also counts as too short: that follows, and is not told.
+    above = {entry["loc"][:depth] for entry in found for depth in range(len(entry["loc"]))}
+    found = [e for e in found if e["type"] != "too_short" or e["loc"] not in above]
     first, others = found[0], len(found) - 1
     here, written = _locate(value, first)
     problem = _advice(first, written, adapter)
@@ -90,8 +93,9 @@ def _advice(entry: ErrorDetails, written: Any, adapter: TypeAdapter) -> str:
 
 
 def _offer(written: str, choices: str) -> str:
-    offer = nearest(written, choices.replace(" or ", ", ").split(", "))
-    return offer if offer.startswith("did") else "choose one"
+    known = choices.replace(" or ", ", ").split(", ")
+    offer = nearest(written, known)
+    return offer if offer.startswith("did") else "choose one" if len(known) > 1 else "change it"
 
 
 def _is_number(text: str) -> bool:

@@ -122,7 +122,7 @@ def why_stale(
             own.append(f"{rest} {_shown(before)} -> {_shown(after)}")
         else:
             own.append(f"{key} {_shown(before)} -> {_shown(after)}")
-    reasons = own or list(dict.fromkeys(upstream))
+    reasons = own or list(dict.fromkeys(upstream)) or ["its inputs changed"]
     return ", ".join(reasons[:3]) + (f" and {len(reasons) - 3} more" if len(reasons) > 3 else "")
 
 
@@ -155,9 +155,10 @@ def _what_happened(before: Any, after: Any) -> str:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping):
         return {k: v for key in value for k, v in _flat(value[key], f"{prefix}{key}.").items()}
-    if isinstance(value, list) and value:
+    # A list of plain values is one value; a list of tables is compared table by table.
+    if isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
         return {k: v for i, x in enumerate(value) for k, v in _flat(x, f"{prefix}{i}.").items()}
     return {prefix[:-1]: value}
 

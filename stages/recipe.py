@@ -252,6 +252,11 @@ def load_recipe(
     evals: dict[str, Any] = {}
     for index, written in enumerate(head.evals):
         config = validate(document, ("evals", index), written, eval_config)
+        if not config.name:
+            raise document.error(
+                ("evals", index, "name"),
+                "is missing; add it, stages and tables call the eval by it",
+            )
         if config.name in evals:
             raise document.error(
                 ("evals", index), f"two evals are named '{config.name}'; give one another name"

@@ -7,7 +7,6 @@ Nothing trained is deleted: what no longer fits its inputs is renamed to `*.stal
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import shutil
 import time
@@ -26,6 +25,7 @@ from stages.artifact import (
     Parent,
     digest_of,
     find_artifact,
+    package_versions,
     publish,
     set_aside,
     write_atomic,
@@ -41,7 +41,6 @@ from stages.table import as_text, eval_table
 Status = Literal["fresh", "resumed", "skipped"]
 MakeStart = Callable[[ModelConfig, Path, Path], Path]
 ORIGIN = "origin.json"
-PACKAGES = ("hybrid-align", "torch", "transformers", "accelerate", "peft", "trl", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class _Climber:
                 parents=parents,
                 data=outcome.data,
                 metrics=outcome.metrics,
-                versions=_versions(),
+                versions=package_versions(),
             )
             artifact = lead(accelerator, lambda: publish(temporary, folder / "artifact", facts))
         self.finished[stage.name] = Finished(artifact, artifact.folder)
@@ -253,7 +252,12 @@ class _Climber:
         origin = {"folder": elsewhere, "files": inputs["data"]}
         write_atomic(temporary / ORIGIN, dump_json(origin))
         facts = Facts(
-            stage=MODEL, kind=MODEL, gives="policy", inputs=inputs, parents={}, versions=_versions()
+            stage=MODEL,
+            kind=MODEL,
+            gives="policy",
+            inputs=inputs,
+            parents={},
+            versions=package_versions(),
         )
         artifact = publish(temporary, folder / "artifact", facts)
         return Finished(artifact, found if elsewhere else artifact.folder)
@@ -305,11 +309,3 @@ def _set_attempt_aside(folder: Path, digest: str) -> None:
     for path in old:
         path.rename(attempt / path.name)
     set_aside(attempt, digest)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found

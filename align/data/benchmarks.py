@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from align.data.records import (
@@ -46,7 +47,7 @@ def svamp(record: Record, reading: Reading) -> list[Row]:
     """Story and question in one prompt; a whole number is written without its ".0"."""
     story, question = text_field(record, "Body"), text_field(record, "Question")
     value = record["Answer"]
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value):
         raise ValueError(f"Answer = {value!r:.40}, expected a number")
     answer = str(int(value)) if float(value).is_integer() else str(value)
     stop = "" if story.rstrip().endswith((".", "?", "!")) else "."
@@ -93,8 +94,8 @@ def llmbar(record: Record, reading: Reading) -> list[Row]:
 
 def ifeval(record: Record, reading: Reading) -> list[Row]:
     """Prompt with instruction ids and arguments; arguments that are null are left out."""
-    names, kwargs = record["instruction_id_list"], record["kwargs"]
-    if not isinstance(names, list) or not isinstance(kwargs, list) or len(names) != len(kwargs):
+    names, kwargs = record["instruction_id_list"], _mappings(record, "kwargs")
+    if not isinstance(names, list) or len(names) != len(kwargs):
         raise ValueError("instruction_id_list and kwargs must be lists of the same length")
     given = [{key: value for key, value in each.items() if value is not None} for each in kwargs]
     return [

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl.data_utils import extract_prompt, is_conversational, maybe_convert_to_chatml
+from trl.data_utils import extract_prompt, maybe_convert_to_chatml
 
 from align.data import benchmarks
 from align.data.records import (
@@ -23,7 +23,9 @@ from align.data.records import (
     WrongKind,
     assistant,
     check_messages,
+    difficulty_field,
     instruction,
+    message_list,
     optional_field,
     preference,
     text_field,
@@ -88,10 +90,12 @@ def read_record(
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"a row is {type(record).__name__}, expected a JSON object with fields")
-    chosen = _format(record, format_name)
+    chosen = _format(record, format_name, kind)
     wanted = chosen.kinds[0] if kind == "auto" else kind
     native = wanted if wanted in chosen.kinds else chosen.kinds[0]
     rows = chosen.adapt(record, Reading(origin, native, signal))
+    if not rows:
+        raise ValueError("the record's lists are empty, so it gives no row")
     return [derive(row, wanted) for row in rows]
 
 
@@ -145,7 +149,8 @@ def to_record(row: Row) -> dict[str, Any]:
     }
 
 
-def _format(record: Record, name: str) -> Format:
+def _format(record: Record, name: str, kind: Kind) -> Format:
+    """The format of that name; or of those that match, the first that gives this kind itself."""
     if name != "auto":
         if name not in FORMATS:
             raise ValueError(f"format = {name!r}, expected auto or one of {sorted(FORMATS)}")
@@ -156,13 +161,13 @@ def _format(record: Record, name: str) -> Format:
                 f"format {name} needs {', '.join(missing)}; found fields {sorted(record)}"
             )
         return chosen
-    found = next((known for known in FORMATS.values() if known.matches(record)), None)
-    if found is None:
+    found = [known for known in FORMATS.values() if known.matches(record)]
+    if not found:
         raise ValueError(
             f"fields {sorted(record)} fit no format; set format to one of {sorted(FORMATS)} "
             "or rename the fields"
         )
-    return found
+    return next((known for known in found if kind in known.kinds), found[0])
 
 
 def _text(record: Record, reading: Reading) -> list[Row]:
@@ -188,15 +193,15 @@ def _is_answered(messages: object) -> bool:
 
 def _share_gpt(record: Record, reading: Reading) -> list[Row]:
     """from/value messages; chosen and rejected may be one message each."""
-    plain = copy.deepcopy(dict(record))
+    plain: dict[str, Any] = {"conversations": message_list(record, "conversations")}
     for name in ("chosen", "rejected"):
-        if isinstance(plain.get(name), Mapping):
-            plain[name] = [plain[name]]
-    plain = maybe_convert_to_chatml(plain)
-    for name in ("messages", "chosen", "rejected"):
-        for message in plain.get(name, ()):
-            if isinstance(message, dict):
-                message["role"] = SPEAKERS.get(message.get("role", ""), message.get("role"))
+        if name in record:
+            one = record[name]
+            plain[name] = [one] if isinstance(one, Mapping) else message_list(record, name)
+    plain = maybe_convert_to_chatml(copy.deepcopy(plain))
+    for messages in plain.values():
+        for message in messages:
+            message["role"] = SPEAKERS.get(str(message.get("role")), message.get("role"))
     if "chosen" not in plain:
         return _chat(plain, reading)
     return [preference(plain["messages"], plain["chosen"], plain["rejected"], reading)]
@@ -205,9 +210,14 @@ def _share_gpt(record: Record, reading: Reading) -> list[Row]:
 def _preference(record: Record, reading: Reading) -> list[Row]:
     """TRL's forms: text or messages, the prompt given or common to both."""
     if "prompt" not in record:
-        if not is_conversational(dict(record)):
-            raise ValueError("chosen and rejected are text without a prompt; add a field prompt")
-        record = {**record, **extract_prompt(dict(record))}
+        if not all(isinstance(record[name], list) for name in ("chosen", "rejected")):
+            raise ValueError("chosen and rejected must be messages, or have a prompt beside them")
+        sides: dict[str, Sequence[Any]] = {
+            name: message_list(record, name) for name in ("chosen", "rejected")
+        }
+        if sides["chosen"] == sides["rejected"]:
+            raise ValueError("chosen and rejected are the same; drop the row")
+        record = {**record, **extract_prompt(sides)}
     prompt = turns(record["prompt"], "user")
     row = preference(prompt, record["chosen"], record["rejected"], reading, record=record)
     return [row]
@@ -227,7 +237,7 @@ def _prompt(record: Record, reading: Reading) -> list[Row]:
             verifier=optional_field(record, "verifier", ""),
             arguments=optional_field(record, "arguments", {}),
             task=optional_field(record, "task", ""),
-            difficulty=optional_field(record, "difficulty", 0.5),
+            difficulty=difficulty_field(record),
         )
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
 from align.data.rows import Origin, PreferenceRow
@@ -90,7 +91,10 @@ def preference(
         ValueError: if an answer is empty, both are the same or a message is out of order.
     """
     record = record or {}
-    asked = check_messages(prompt, answered=False)
+    try:
+        asked = check_messages(prompt, answered=False)
+    except ValueError as error:
+        raise ValueError(f"prompt: {error}") from error
     answers = []
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(answer, str) and not answer.strip():
@@ -108,7 +112,7 @@ def preference(
         answers[1],
         reading.origin,
         signal=reading.signal or optional_field(record, "signal", "overall"),
-        difficulty=optional_field(record, "difficulty", difficulty),
+        difficulty=difficulty_field(record, difficulty),
         margin=optional_field(record, "margin", margin),
     )
 
@@ -145,6 +149,30 @@ def optional_field(record: Record, name: str, default: Any) -> Any:
         return float(value)
     if not isinstance(value, type(default)):
         raise ValueError(f"{name} = {value!r:.40}, expected {type(default).__name__}")
+    if isinstance(value, float) and not isfinite(value):
+        raise ValueError(f"{name} = {value}, expected a finite number")
+    return value
+
+
+def difficulty_field(record: Record, default: float = 0.5) -> float:
+    """The record's difficulty, 0 easy to 1 hard."""
+    difficulty: float = optional_field(record, "difficulty", default)
+    if not 0 <= difficulty <= 1:
+        raise ValueError(f"difficulty = {difficulty}, expected 0 easy to 1 hard")
+    return difficulty
+
+
+def message_list(record: Record, name: str) -> list[Any]:
+    """A field that holds messages, one or more; they are checked later.
+
+    Raises:
+        ValueError: if it is no list of objects, or empty.
+    """
+    value = record.get(name)
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
+        raise ValueError(f"{name} is {type(value).__name__}, expected a list of messages")
+    if not value:
+        raise ValueError(f"{name} is empty, expected messages")
     return value
 
 

@@ -118,6 +118,39 @@ def render_text(row: TextRow, tokenizer: PreTrainedTokenizerBase) -> Example:
     return Example(tokens, (0.0, *(1.0,) * (len(tokens) - 1)), place)
 
 
+def plain_prompt(messages: Sequence[Message]) -> str:
+    """A one-turn chat as the plain text that a base model continues.
+
+    Raises:
+        ValueError: if there is more than one message: plain text has no roles.
+
+    Example:
+        >>> plain_prompt([{"role": "user", "content": "2+3?"}])
+        'Question: 2+3?\\nAnswer:'
+    """
+    if len(messages) != 1:
+        raise ValueError(
+            f"{len(messages)} messages, expected one: plain text has no roles; use form: chat"
+        )
+    return f"Question: {messages[0]['content']}\nAnswer:"
+
+
+def render_plain_prompt(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Tokens of `plain_prompt`, begun as `render_text` begins a document.
+
+    Raises:
+        ValueError: as `plain_prompt`; also if the tokenizer has no end token, or the message holds
+            the text of a special token.
+    """
+    text = plain_prompt(messages)
+    _check_special(text, tokenizer, "prompt")
+    _end(tokenizer)
+    begin = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+    return (*begin, *_encode(text, tokenizer))
+
+
 def split_windows(example: Example, limit: int) -> list[Example]:
     """Windows of at most `limit` tokens that train every token of a long text exactly once.
 

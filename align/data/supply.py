@@ -117,7 +117,8 @@ def _supply(
             _render(rows, report, source, render, limit=config.sequence_tokens, split=split)
         )
     lengths = [[item_tokens(item) for item in group.items] for group in groups]
-    taken = mix(lengths, [source.weight for source in config.data], seed=job.seed)
+    weights = [source.weight for source in config.data]
+    taken = mix([len(sizes) for sizes in lengths], weights, seed=job.seed)
     told = [
         {
             **asdict(group.report),

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 
@@ -203,3 +204,8 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
         return mean, 0.0
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     return mean, math.sqrt(variance / count)
+
+
+def pick_device() -> str:
+    """The accelerator if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from align.advantage import Advantages, Scale, advantages
+from align.advantage import Scale, advantages
 from align.course import Job, Outcome, Step
 from align.data.batch import Batch, Example
 from align.data.packing import pack
@@ -70,6 +70,8 @@ class GrpoConfig(TrainConfig):
     """Objective and its bounds."""
     scale: Scale = "group"
     """What advantages are divided by: the deviation of the group, of the batch, or nothing."""
+    flat_groups: Literal["keep", "leave_out"] = "keep"
+    """Groups of equal scores: kept, they count in the means; left out, they cost no training."""
     behaviour: Literal["trainer", "engine"] = "trainer"
     """Whose log-probabilities the ratio is taken to; trainer makes the first ratio exactly 1."""
     max_concurrent: int = Field(default=256, ge=1)
@@ -130,6 +132,7 @@ class GrpoCourse:
             policy,
             max_concurrent=config.max_concurrent,
             max_tokens=prompts.max_tokens + config.max_new_tokens,
+            autocast=torch.bfloat16 if config.precision == "bf16" else None,
         )
         # Experience of the rollout's later steps, the next one first.
         self.waiting: list[list[Example]] = []
@@ -201,7 +204,7 @@ class GrpoCourse:
         own: list[tuple[Prompt, int]] = []
         sizes: list[int] = []
         for step in range(index, min(index + config.updates_per_rollout, self.num_steps)):
-            mine = self._prompts_of(step)[rank::world]
+            mine = self.prompts_of(step)[rank::world]
             own += mine
             sizes.append(len(mine))
         self.engine.policy_version = index
@@ -225,13 +228,14 @@ class GrpoCourse:
         for number, size in enumerate(sizes):
             begin = sum(sizes[:number])
             values = found.values[first + begin : first + begin + size]
-            part = Advantages(values, num_invalid=0, num_flat=0)
-            steps.append(examples_of(groups[begin : begin + size], part))
+            if config.flat_groups == "leave_out":
+                values = tuple(v if any(v) else (None,) * len(v) for v in values)
+            steps.append(examples_of(groups[begin : begin + size], values))
         if config.behaviour == "trainer":
             steps[1:] = [self._rescored(examples) for examples in steps[1:]]
         return steps, metrics
 
-    def _prompts_of(self, step: int) -> list[tuple[Prompt, int]]:
+    def prompts_of(self, step: int) -> list[tuple[Prompt, int]]:
         """All processes' prompts of a step, each with its seed: a function of the step alone."""
         size, number, seed = self.config.prompts_per_step, len(self.prompts), self.job.seed
         places = range(step * size, min((step + 1) * size, self.num_prompts))
@@ -305,6 +309,11 @@ def run(config: GrpoConfig, job: Job) -> Outcome:
             is sharded (the engine needs whole weights).
         RuntimeError: as `align.loop.train`.
     """
+    if config.backend == "trl":
+        # Imported when asked for: TRL takes seconds, and its backend knows this module's config.
+        from align.trl_backend import run_grpo
+
+        return run_grpo(config, job)
     if job.accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError(
             "grpo: the native engine needs whole weights on each process, and FSDP shards them; "

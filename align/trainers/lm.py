@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +30,8 @@ class LmConfig(TrainConfig):
 
     data: tuple[DataConfig, ...] = Field(min_length=1)
     """Where the rows come from, and how much of each."""
+    backend: Literal["native"] = "native"
+    """Whose trainer runs the stage; TRL has none for plain text."""
 
 
 @dataclass(frozen=True)

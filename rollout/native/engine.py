@@ -33,6 +33,8 @@ class NativeEngine:
         policy_version: carried by every completion.
         page_tokens: granularity of the cache, in tokens.
         prefill_tokens: most prompt tokens per forward; a longer prompt goes in pieces.
+        autocast: type that fp32 weights are multiplied in, as a trainer's forward does; None
+            multiplies them as they are.
 
     Raises:
         ValueError: if a limit is below 1.
@@ -57,6 +59,7 @@ class NativeEngine:
         policy_version: int = 0,
         page_tokens: int = 64,
         prefill_tokens: int = 16384,
+        autocast: torch.dtype | None = None,
     ) -> None:
         for name, value in (
             ("max_slots", max_slots),
@@ -70,6 +73,7 @@ class NativeEngine:
         self.limits = Limits(max_slots, -(-max_cache_tokens // page_tokens), page_tokens)
         self.prefill_tokens = prefill_tokens
         self.policy_version = policy_version
+        self.autocast = autocast
         self._fault = ""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -83,7 +87,10 @@ class NativeEngine:
             raise RuntimeError(self._fault)
         self._check_tokens(requests)
         plan = Scheduler(requests, self.limits)
-        with torch.no_grad(), evaluating(self.model):
+        precision = torch.autocast(
+            self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None
+        )
+        with torch.no_grad(), precision, evaluating(self.model):
             run = _Run(self, plan)
             while plan.live or plan.waiting:
                 run.start(plan.admit())

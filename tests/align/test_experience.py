@@ -59,7 +59,7 @@ def test_responses_without_a_valid_score_are_left_out_and_named_by_place():
         (score(1.0), score(0.0, valid=False), score(0.0)),
     )
     found = advantages([group.scores], "none")
-    examples = examples_of([group], found)
+    examples = examples_of([group], found.values)
     assert [e.place for e in examples] == ["p.jsonl:3#0", "p.jsonl:3#2"]
     assert [e.advantages[-1] for e in examples] == [0.5, -0.5]
 

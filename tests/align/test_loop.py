@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -245,6 +246,28 @@ def test_accumulating_accelerator_is_refused(tmp_path: Path) -> None:
             train(Course(data()), small.model(), config=TrainConfig(), job=job)
     finally:
         job.accelerator.gradient_accumulation_steps = 1
+
+
+@dataclass(frozen=True)
+class Launched:
+    """As much of an accelerator as the check of the launch looks at."""
+
+    distributed_type: DistributedType
+    is_fsdp2: bool = False
+    gradient_accumulation_steps: int = 1
+
+
+def test_unsupported_launches_are_refused(tmp_path: Path) -> None:
+    adapted = apply_lora(small.model(), LoraConfig(rank=2), seed=0)
+    fsdp = DistributedType.FSDP
+    for launched, model, message in (
+        (Launched(DistributedType.DEEPSPEED), small.model(), "DeepSpeed is not supported"),
+        (Launched(fsdp), small.model(), "FSDP 1 is not supported; set fsdp_version: 2"),
+        (Launched(fsdp, is_fsdp2=True), adapted, "lora is not supported under FSDP"),
+    ):
+        job = small.job(tmp_path, accelerator=launched)
+        with pytest.raises(ValueError, match=message):
+            train(Course(data()), model, config=TrainConfig(), job=job)
 
 
 def test_mean_loss_is_the_loss_of_the_next_step(tmp_path: Path) -> None:

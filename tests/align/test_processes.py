@@ -21,12 +21,15 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 
 from align.data.loader import PackedData
 from align.loop import TrainConfig, train
 from align.lora import LoraConfig, apply_lora
 from align.optim import OptimConfig
+from align.policy import load_policy, save_policy
 from align.trainers.dpo import DpoConfig, DpoCourse
 from align.trainers.lm import LmCourse
 from align.data.sources import DataConfig
@@ -38,6 +41,15 @@ torch.set_num_threads(1)
 job = small.job(folder)
 accelerator = job.accelerator
 model = small.model()
+if kind == "fsdp" and accelerator.num_processes > 1:
+    # accelerate offers FSDP only to accelerators, but what it calls runs on CPUs as well.
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+    )
 optim = OptimConfig(lr=1e-2, clip_norm=0.5)
 # 7 rows in steps of 3: the second process has fewer microbatches, and none in the last step.
 shape = {"sequence_tokens": 24, "batch_items": 3, "epochs": 2}
@@ -71,6 +83,11 @@ try:
     train(course, model, config=config, job=job)
 except Stop:
     sys.exit(0)
+if kind == "fsdp":
+    is_sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert is_sharded == (accelerator.num_processes > 1)
+    save_policy(model, small.tokenizer(), folder / "artifact")
+    model = load_policy(folder / "artifact")[0] if accelerator.is_main_process else model
 if accelerator.is_main_process:
     torch.save(model.state_dict(), folder / "final.pt")
 accelerator.end_training()
@@ -108,7 +125,7 @@ def results(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("kind", ["lm", "dpo"])
+@pytest.mark.parametrize("kind", ["lm", "dpo", "fsdp"])
 def test_two_processes_train_what_one_trains(tmp_path: Path, kind: str) -> None:
     for processes in (1, 2):
         told = run(kind, tmp_path / str(processes), processes)
@@ -124,16 +141,17 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.multi
-def test_resumed_run_on_two_processes_is_bit_identical(tmp_path: Path) -> None:
-    run("lm", tmp_path / "whole", 2)
-    run("lm", tmp_path / "cut", 2, stop_before=5)
+@pytest.mark.parametrize("kind", ["lm", "fsdp"])
+def test_resumed_run_on_two_processes_is_bit_identical(tmp_path: Path, kind: str) -> None:
+    run(kind, tmp_path / "whole", 2)
+    run(kind, tmp_path / "cut", 2, stop_before=5)
     assert not (tmp_path / "cut" / "final.pt").exists()
-    run("lm", tmp_path / "cut", 2)
+    run(kind, tmp_path / "cut", 2)
     (whole, _), (cut, _) = results(tmp_path / "whole"), results(tmp_path / "cut")
     for name, weight in whole.items():
         assert torch.equal(cut[name], weight), name
     # The number of processes belongs to the checkpoint.
-    (told,) = run("lm", tmp_path / "cut", 1)
+    (told,) = run(kind, tmp_path / "cut", 1)
     assert "written by 2 processes, this run has 1" in told
 
 

@@ -77,6 +77,22 @@ def test_long_prompts_are_an_error_or_counted(tmp_path: Path):
         read_prompts([skipping], **given | {"max_tokens": 1})
 
 
+def test_prompts_that_cannot_be_rendered_are_an_error_or_counted(tmp_path: Path):
+    tokenizer = small.tokenizer()
+    bad = record(f"the {tokenizer.eos_token} cat")
+    source = write(tmp_path / "a.jsonl", [record("cat"), bad])
+    given = {"job": small.job(tmp_path), "tokenizer": tokenizer, "max_tokens": 99}
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: .*special token.*on_bad_row: skip"):
+        read_prompts([source], **given)
+    skipping = source.model_copy(update={"on_bad_row": "skip"})
+    (entry,) = read_prompts([skipping], **given).data
+    assert (entry["rows"], entry["skipped"]) == (1, 1)
+    assert entry["reasons"][0].startswith("a.jsonl:2: ")
+    only = write(tmp_path / "b.jsonl", [bad]).model_copy(update={"on_bad_row": "skip"})
+    with pytest.raises(ValueError, match=r"b\.jsonl: no prompt is left of 1, first b\.jsonl:1: "):
+        read_prompts([only], **given)
+
+
 def test_a_prompt_that_nobody_can_judge_is_refused(tmp_path: Path):
     source = write(tmp_path / "a.jsonl", [record("the cat", verifier="", answer="")])
     given = {"tokenizer": small.tokenizer(), "max_tokens": 99}
@@ -88,8 +104,9 @@ def test_a_prompt_that_nobody_can_judge_is_refused(tmp_path: Path):
 
 def test_a_row_of_another_kind_is_refused(tmp_path: Path):
     source = write(tmp_path / "a.jsonl", [{"text": "the cat sat"}])
-    with pytest.raises(ValueError, match=r"a\.jsonl:1"):
-        read_prompts([source], job=small.job(tmp_path), tokenizer=small.tokenizer(), max_tokens=99)
+    texts = source.model_copy(update={"as_": "text"})
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: a TextRow, expected a prompt; set `as: p"):
+        read_prompts([texts], job=small.job(tmp_path), tokenizer=small.tokenizer(), max_tokens=99)
 
 
 def test_malformed_responses_score_zero_and_no_judge_sees_them():

@@ -32,7 +32,9 @@ COVER = [
 ]
 
 
-def shared_config(layers: int = 8, dim: int = 32, group: int = 4) -> dict[str, object]:
+def shared_config(
+    layers: int = 8, dim: int = 32, group: int = 4, scale: float = 0.05
+) -> dict[str, object]:
     heads = 8
     return {
         "vocab_size": 97,
@@ -55,8 +57,7 @@ def shared_config(layers: int = 8, dim: int = 32, group: int = 4) -> dict[str, o
         "mlp_beta_factor": 0.8,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "rms_norm_eps": 1e-5,
-        # Beyond 0.05 both models lie further than 1e-5 from their own fp64 result at 16 layers.
-        "initializer_range": 0.05,
+        "initializer_range": scale,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
@@ -64,7 +65,7 @@ def shared_config(layers: int = 8, dim: int = 32, group: int = 4) -> dict[str, o
     }
 
 
-def pair(seed: int = 0, **axes: int) -> tuple[HybridForCausalLM, MiniMaxForCausalLM]:
+def pair(seed: int = 0, **axes: float) -> tuple[HybridForCausalLM, MiniMaxForCausalLM]:
     """Ours and theirs, fp32, with the same random weights (norm gains too)."""
     torch.manual_seed(seed)
     values = shared_config(**axes)
@@ -84,7 +85,10 @@ def pair(seed: int = 0, **axes: int) -> tuple[HybridForCausalLM, MiniMaxForCausa
 
 
 def compare(layers: int, dim: int, group: int, length: int) -> None:
-    ours, theirs = pair(layers=layers, dim=dim, group=group)
+    # One token alone at 0.05: gradients of the router nearly cancel, and either model is 1e-4 off
+    # its own fp64 result. There transformers' default stands.
+    scale = 0.02 if length == 1 else 0.05
+    ours, theirs = pair(layers=layers, dim=dim, group=group, scale=scale)
     tokens = torch.randint(3, 97, (1, length), generator=torch.Generator().manual_seed(length))
     mine = ours(input_ids=tokens, labels=tokens, output_router_logits=True)
     other = theirs(input_ids=tokens, labels=tokens, output_router_logits=True)

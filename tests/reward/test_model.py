@@ -95,7 +95,7 @@ def test_overall_trains_every_head_and_the_gate():
 
 
 def test_the_routers_loss_is_handed_on():
-    model = tiny()
+    model = tiny(HIERARCHY)
     assert model(Packed.from_sequences(SEQUENCES)).aux_loss.item() > 0
     model.trunk.config.router_aux_loss_coef = 0.0
     assert model(Packed.from_sequences(SEQUENCES)).aux_loss is None
@@ -159,6 +159,7 @@ def test_a_tree_without_heads_is_an_error():
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
+        (None, "hierarchy.gate = learned reads the prompts; pass prompt_lengths"),
         ([1, 1], "2 prompt lengths for 4 sequences"),
         ([1, 2, 1, 1], "sequence 1: prompt length 2, expected 1 to 1"),
         ([0, 1, 1, 1], "sequence 0: prompt length 0, expected 1 to 3"),

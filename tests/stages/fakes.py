@@ -1,4 +1,4 @@
-"""Stage kinds that count instead of training, for the laws of the runner."""
+"""Stage kinds that count instead of training, for the laws of the runner; the command itself."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Annotated, Literal
 
 from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict, Field
+from typer.testing import CliRunner, Result
 
 from align.course import Job, Outcome
 from align.data.sources import DataConfig
 from align.evals.types import EvalResult
+from stages.cli import app
 from stages.recipe import Kind, ModelConfig, Recipe, load_recipe
 from stages.runner import Ground
 
@@ -64,7 +66,13 @@ def run_fake(config: FakeConfig, job: Job) -> Outcome:
     return Outcome(metrics={"loss": 1.0}, data=({"name": "rows", "licence": "MIT"},))
 
 
+def run_quiet(config: FakeConfig, job: Job) -> Outcome:
+    """As `run_fake`, by one process while the others go on."""
+    return run_fake(config, job) if job.accelerator.is_main_process else Outcome({})
+
+
 KINDS = {
+    "quiet": Kind(FakeConfig, run_quiet, gives="policy"),
     "lm": Kind(FakeConfig, run_fake, gives="policy"),
     "sft": Kind(FakeConfig, run_fake, gives="policy"),
     "reward": Kind(FakeConfig, run_fake, gives="reward"),
@@ -103,6 +111,11 @@ def ground(tmp_path: Path, said: list[str] | None = None) -> Ground:
         make_start=make_start,
         say=(lambda line: None) if said is None else said.append,
     )
+
+
+def align(*arguments: str) -> Result:
+    """The command `align` with these arguments, in this process."""
+    return CliRunner().invoke(app, list(arguments))
 
 
 LADDER = """\

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
+from align.data.render import plain_prompt
 from align.data.rows import ChatRow, Origin, PreferenceRow, PromptRow, TextRow
 from reward.types import Message
 
@@ -87,7 +88,7 @@ class Problem:
         return ChatRow((*self.prompt, _assistant(self.response)), self.origin)
 
     def text_row(self) -> TextRow:
-        return TextRow(f"Question: {self.question}\nAnswer: {self.response}", self.origin)
+        return TextRow(f"{plain_prompt(self.prompt)} {self.response}", self.origin)
 
     def preference_row(self, way: str) -> PreferenceRow:
         """The right response against the one that is wrong in this way.

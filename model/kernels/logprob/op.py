@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from model.kernels.linear.op import linear, product, weight_grad
 
 # Tokens whose logits exist at once; 2048 x 200,064 fp32 is 1.6 GB.
 _PIECE = 2048
@@ -58,8 +59,8 @@ def head_logits(hidden: Tensor, weight: Tensor, *, head_fp32: bool = False) -> T
     wide = torch.promote_types(hidden.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         if head_fp32:
-            return F.linear(hidden.to(wide), weight.to(wide))
-        return F.linear(hidden.to(weight.dtype), weight).to(wide)
+            return linear(hidden.to(wide), weight.to(wide))
+        return linear(hidden.to(weight.dtype), weight).to(wide)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -105,9 +106,9 @@ class _TokenLogprobs(torch.autograd.Function):
             back = wide if head_fp32 else weight.dtype
             slope = slope.to(back)
             if grad_hidden is not None:
-                grad_hidden[piece] = (slope @ weight.to(back)).to(hidden.dtype)
+                grad_hidden[piece] = product(slope, weight.to(back).t()).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += (slope.t() @ rows.to(back)).to(wide)
+                grad_weight += weight_grad(slope, rows.to(back)).to(wide)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None

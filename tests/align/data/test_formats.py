@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.data.formats import FORMATS, read_record, to_record
@@ -285,6 +285,11 @@ def test_rows_come_back_from_their_records(row: Row):
     assert read_record(to_record(row), HERE) == [row]
 
 
+def test_format_that_gives_the_wanted_kind_itself_is_taken():
+    record = {"instruction": "2+2?", "output": "4", "chosen": "5", "rejected": "5"}
+    assert read_record(record, HERE, kind="chat") == [CHAT]
+
+
 def test_signal_of_the_source_wins_over_the_rows():
     record = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "signal": "style"}
     (row,) = read_record(record, HERE, signal="correctness")
@@ -332,7 +337,12 @@ BROKEN: list[tuple[dict[str, Any] | list, str]] = [
         {"prompt": "2?", "chosen": [ASKED], "rejected": [GOOD]},
         r"chosen: message 2 is user after user",
     ),
-    ({"chosen": "4", "rejected": "5"}, r"chosen and rejected are text without a prompt; add a fie"),
+    ({"chosen": [], "rejected": [GOOD]}, r"chosen is empty, expected messages"),
+    ({"chosen": [GOOD], "rejected": [BAD]}, r"prompt: messages are \[\], expected a list of role"),
+    ({"prompt": "2?", "chosen": "4", "rejected": "5", "difficulty": 3}, r"difficulty = 3.0, expec"),
+    ({"prompt": "2?", "difficulty": -1}, r"difficulty = -1.0, expected 0 easy to 1 hard"),
+    ({"conversations": None}, r"conversations is NoneType, expected a list of messages"),
+    ({"chosen": "4", "rejected": "5"}, r"chosen and rejected must be messages, or have a prompt b"),
     ({"prompt": "2?", "answer": 4}, r"answer = 4, expected str"),
     ({"prompt": "2?", "difficulty": "hard"}, r"difficulty = 'hard', expected float"),
     ({"prompt": "2?", "arguments": [1]}, r"arguments = \[1\], expected dict"),
@@ -361,6 +371,34 @@ BROKEN: list[tuple[dict[str, Any] | list, str]] = [
 def test_broken_record_says_what_is_wrong(record: dict, message: str):
     with pytest.raises(ValueError, match=message):
         read_record(record, HERE)
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats()
+    | st.sampled_from(["", "a", "user"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "query"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from([(name, kind, record) for name, kind, record, _ in CASES]), st.data())
+def test_anything_in_a_field_gives_rows_or_one_clear_error(case, data):
+    name, kind, record = case
+    field = data.draw(st.sampled_from(sorted(record)))
+    changed = record | {field: data.draw(ANYTHING)}
+    try:
+        told: object = read_record(changed, HERE, format_name=name, kind=kind)
+    except ValueError as error:
+        told = str(error)
+    assert told
+    assert isinstance(told, list) or "\n" not in told
 
 
 def test_unknown_format_lists_the_table():

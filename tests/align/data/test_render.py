@@ -23,7 +23,7 @@ from reward.types import Item, Message
 
 PLACE = Origin("chats.jsonl:3")
 SMALL = train_tokenizer(["the cat sat on the mat in the hat"] * 3, 275)
-TEXT = st.text(min_size=1).filter(lambda text: bool(text.strip()))
+TEXT = st.text(min_size=1).filter(lambda text: bool(text.strip()) and "<|" not in text)
 CHATML = (
     "{% for m in messages %}<|user|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|user|>assistant\n{% endif %}"

@@ -242,10 +242,9 @@ def test_task_report_names_our_licence(tmp_path: Path):
     assert (report.name, report.place, report.licence) == ("copy", "task copy", "Apache-2.0")
 
 
-def test_task_that_is_used_up_says_so(tmp_path: Path):
-    message = (
-        r"task safety has only \d+ distinct prompts of num_rows = 100000 at difficulty \[0.0, "
-    )
+def test_task_that_is_used_up_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("align.data.sources.PATIENCE", 20)
+    message = r"task safety has only \d+ distinct prompts of num_rows = 100000 at difficulty \[0"
     with pytest.raises(ValueError, match=message):
         read(tmp_path, task="safety", num_rows=100000, difficulty=[0, 0])
 

@@ -23,6 +23,8 @@ from align.optim import OptimConfig
 from align.policy import load_policy
 from align.prompts import Prompt, Prompts
 from align.trainers.grpo import GrpoConfig, GrpoCourse, Tools, run
+from reward.hierarchy import HIERARCHY
+from reward.model import RewardModel
 from reward.types import Item, Score
 from rollout.sync import checksums
 from tests.align import small
@@ -159,16 +161,30 @@ def test_responses_without_a_score_leave_the_loss_and_are_counted(tmp_path: Path
     assert trained == step.metrics["rollout/responses"] - step.metrics["rollout/invalid"]
 
 
+def test_flat_groups_may_be_left_out_of_training(tmp_path: Path):
+    given = {"prompts_per_step": 5, "sequence_tokens": 512, "max_new_tokens": 2}
+    kept = course(config(**given), small.job(tmp_path), small.model()).step(0)
+    left = course(config(**given, flat_groups="leave_out"), small.job(tmp_path), small.model())
+    step = left.step(0)
+    assert 0 < step.metrics["rollout/flat_groups"] < 1
+    assert step.metrics == kept.metrics
+    found, every = (sum(len(b.places) for b in s.batches) for s in (step, kept))
+    assert 0 < found < every
+    groups = {place.split("#")[0] for batch in step.batches for place in batch.places}
+    assert len(groups) == round((1 - step.metrics["rollout/flat_groups"]) * 5)
+    assert all((batch.advantages != 0).any() for batch in step.batches)
+
+
 def test_epochs_see_every_prompt_once_in_an_order_of_the_seed(tmp_path: Path):
     made = course(config(max_steps=0, epochs=2), small.job(tmp_path), small.model())
     assert made.num_steps == 5
-    seen = [(p.row.origin.place, seed) for i in range(5) for p, seed in made._prompts_of(i)]
+    seen = [(p.row.origin.place, seed) for i in range(5) for p, seed in made.prompts_of(i)]
     places = [place for place, _ in seen]
     assert sorted(places[:5]) == sorted(places[5:]) == sorted({*places})
     assert places[:5] != places[5:]
     assert len({seed for _, seed in seen}) == 10
     kept = course(config(max_steps=0, shuffle=False), small.job(tmp_path), small.model())
-    order = [p.row.origin.place for i in range(3) for p, _ in kept._prompts_of(i)]
+    order = [p.row.origin.place for i in range(3) for p, _ in kept.prompts_of(i)]
     assert order == [f"p.jsonl:{i}" for i in range(1, 6)]
 
 
@@ -308,6 +324,35 @@ def test_a_stage_runs_from_policy_to_policy(tmp_path: Path):
     )
 
 
+def unruled_prompts(folder: Path) -> tuple[DataConfig, ...]:
+    """Prompts without a verifier, which only a reward model can judge."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"the {word}"}],
+            "answer": "",
+            "verifier": "",
+            "arguments": {},
+        }
+        for word in ("cat", "hat", "mat")
+    ]
+    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (DataConfig(path="q.jsonl", split="all"),)
+
+
+def test_a_reward_artifact_judges_what_no_rule_can(tmp_path: Path):
+    RewardModel(small.model(seed=3).model, HIERARCHY).save(tmp_path / "reward")
+    settings = config(data=unruled_prompts(tmp_path), max_steps=2, updates_per_rollout=2)
+    start = small.start(tmp_path / "start")
+    inputs = {"reward": tmp_path / "reward"}
+    job = small.job(tmp_path / "stage", start, base=tmp_path, inputs=inputs)
+    run(settings, job)
+    told = lines(job.folder)
+    assert 0 < told[0]["reward/mean"] < 1
+    assert told[0]["reward/std"] > 0
+    assert told[0]["rollout/flat_groups"] == 0
+    assert "accuracy/all" not in told[0]
+
+
 def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: Any):
     job = small.job(tmp_path, small.start(tmp_path / "start"))
     monkeypatch.setattr(job.accelerator.state, "distributed_type", DistributedType.FSDP)
@@ -329,3 +374,13 @@ def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: Any):
 def test_a_config_that_cannot_work_is_refused(bad: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         config(**bad)
+
+
+def test_bf16_steps_compare_with_an_engine_in_bf16(tmp_path: Path):
+    settings = config(precision="bf16", updates_per_rollout=2, max_steps=2)
+    model, job = small.model(), small.job(tmp_path)
+    train(course(settings, job, model), model, config=settings, job=job)
+    told = lines(tmp_path)
+    assert 1e-5 < told[0]["engine/gap"] < 5e-2
+    assert told[0]["ratio/max"] == 1
+    assert told[0]["ratio/mean"] == 1

@@ -117,5 +117,7 @@ def test_course_of_fixed_rows_refuses_foreign_state(tmp_path: Path) -> None:
 def test_config_is_strict() -> None:
     with pytest.raises(ValidationError, match="data"):
         SftConfig()
+    with pytest.raises(ValidationError, match="Input should be 'native'"):
+        LmConfig(data=(DataConfig(path="x"),), backend="trl")
     with pytest.raises(ValidationError, match="bacth_items"):
         SftConfig(data=(DataConfig(path="x"),), bacth_items=3)
