@@ -1,13 +1,24 @@
-"""Lightning attention over packed sequences: the one entry, which chooses the form."""
+"""Lightning attention over packed sequences: the entries, which choose the form.
+
+Two forms give the same numbers: torch matmuls on any device (`blocks.py`) and Triton on CUDA
+(`launch.py`). Triton runs only where it is asked for: its committed form has been compiled for
+Hopper and run by the interpreter, but not yet on a GPU (benchmarks/results/kernels.md).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from model.kernels.lightning.blocks import lightning_blocks
+
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_TRITON_SIZE = 256
+
+Form = Literal["torch", "triton"]
 
 
 def lightning_attention(
@@ -19,22 +30,25 @@ def lightning_attention(
     *,
     initial_state: Tensor | None = None,
     with_final: bool = False,
+    form: Form = "torch",
 ) -> tuple[Tensor, Tensor | None]:
     """Causal linear attention with one fixed decay per head.
 
     Args:
-        q, k, v: [T, H, D], bf16, fp32 or fp64, no scaling applied here.
+        q, k, v: [T, H, D] of one dtype, bf16, fp16, fp32 or fp64, no scaling applied here; views
+            with any strides are read in place as long as D is dense.
         slopes: [H] fp32, >= 0; one step multiplies the state by exp(-slope).
         lengths: tokens of each of the S sequences, >= 1, sum T; the state is zero at each start
             unless an initial state is given.
         initial_state: [S, H, D, D] fp32.
         with_final: whether the final states are wanted.
+        form: `triton` needs CUDA; fp64 and D > 256 take the torch form all the same.
 
     Returns: o [T, H, D] in the dtype of v, accumulated in fp32; final states [S, H, D, D] fp32
         or None.
 
     Raises:
-        ValueError: if shapes do not fit or the lengths do not sum to T.
+        ValueError: if shapes, dtypes or devices do not fit or the lengths do not sum to T.
 
     Source: MiniMax-01 report, section 2.2.1 (block form); the decay of the released model code.
 
@@ -43,27 +57,102 @@ def lightning_attention(
         >>> lightning_attention(q, k, v, torch.zeros(1), [3])[0][:, 0, 0].tolist()
         [2.0, 4.0, 6.0]
     """
+    _check(q, k, v, slopes)
     total, heads, size = q.shape
-    if k.shape != q.shape or v.shape != q.shape or slopes.shape != (heads,):
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, slopes "
-            f"{tuple(slopes.shape)}: expected q, k, v alike [T, H, D] and slopes [H]"
-        )
     if sum(lengths) != total or min(lengths, default=1) < 1:
         raise ValueError(f"lengths {tuple(lengths)} must be >= 1 each and sum to T = {total}")
     expected = (len(lengths), heads, size, size)
     if initial_state is not None and initial_state.shape != expected:
         raise ValueError(f"initial_state {tuple(initial_state.shape)}, expected {expected}")
+    if initial_state is not None and initial_state.device != q.device:
+        raise ValueError(f"initial_state is on {initial_state.device}, q on {q.device}")
     if max(lengths, default=0) == 1 and initial_state is not None:
         return _step(q, k, v, slopes, initial_state)
+    if form == "triton" and _runs_triton(q) and total:
+        # not at the top: torch for CPU comes without triton
+        from model.kernels.lightning.launch import lightning_triton
+
+        return lightning_triton(
+            q, k, v, slopes, lengths, initial_state=initial_state, with_final=with_final
+        )
     return lightning_blocks(
         q, k, v, slopes, lengths, initial_state=initial_state, with_final=with_final
     )
 
 
-def _step(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def lightning_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    states: Tensor,
+    index: Tensor,
+    *,
+    form: Form = "torch",
+) -> Tensor:
+    """One token of each of S sequences, their states read and written in place; no gradient.
+
+    Args:
+        q, k, v: [S, H, D] of one dtype.
+        slopes: [H] fp32, >= 0.
+        states: [N, H, D, D] fp32, dense in all but the first dim; slot index[s] is replaced by
+            exp(-slope) state + k_s^T v_s.
+        index: [S] int64, no slot twice.
+        form: as above.
+
+    Returns: [S, H, D] in the dtype of v, q_s times the new state.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> q = k = v = torch.ones(1, 1, 2)
+        >>> states = torch.zeros(3, 1, 2, 2)
+        >>> lightning_step(q, k, v, torch.zeros(1), states, torch.tensor([2]))
+        tensor([[[2., 2.]]])
+        >>> states[:, 0, 0, 0].tolist()
+        [0.0, 0.0, 1.0]
+    """
+    _check(q, k, v, slopes)
+    heads, size = q.shape[1:]
+    if states.shape[1:] != (heads, size, size) or index.shape != q.shape[:1]:
+        raise ValueError(
+            f"states {tuple(states.shape)} and index {tuple(index.shape)}: expected "
+            f"[N, {heads}, {size}, {size}] and [{q.shape[0]}]"
+        )
+    if states.device != q.device or index.device != q.device:
+        raise ValueError(f"states on {states.device}, index on {index.device}, q on {q.device}")
+    with torch.no_grad():
+        fits = states.dtype == torch.float32 and states[0].is_contiguous()
+        if form == "triton" and _runs_triton(q) and fits:
+            from model.kernels.lightning.launch import lightning_step_triton
+
+            return lightning_step_triton(q, k, v, slopes, states, index)
+        out, new = _step(q, k, v, slopes, states.index_select(0, index))
+        states.index_copy_(0, index, new)
+        return out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> None:
+    if k.shape != q.shape or v.shape != q.shape or slopes.shape != q.shape[1:2]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, slopes "
+            f"{tuple(slopes.shape)}: expected q, k, v alike [T, H, D] and slopes [H]"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: expected one dtype")
+    if not q.device == k.device == v.device == slopes.device:
+        raise ValueError(
+            f"q on {q.device}, k on {k.device}, v on {v.device}, slopes on {slopes.device}: "
+            "expected one device"
+        )
+
+
+def _runs_triton(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in TRITON_DTYPES and q.shape[2] <= MAX_TRITON_SIZE
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token a sequence: the recurrence itself."""
     wide = state.dtype
     state = torch.exp(-slopes.to(wide))[:, None, None] * state
