@@ -8,18 +8,37 @@ quadratic form with decay, between blocks one state per block:
     L_m   = sum_j exp(-s (len_m - 1 - j)) k_j^T v_j
 
 The sum over earlier blocks is a matmul with a small matrix of decays, one for all sequences of like
-length, so that the number of calls does not grow with the number of sequences or blocks.
+length, so that the number of calls does not grow with the number of sequences or blocks. Backward
+is written out: it makes the scores inside the blocks again, and keeps q, k, v and the states.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences of more than one block whose block counts lie under one power of two.
+
+    Args:
+        take: [S', R] int64, the block of each rank; None if all N blocks lie in this order.
+        real: [S', R] bool, false where a sequence has no such rank and its last block stands in.
+        shape: S' and R.
+    """
+
+    take: Tensor | None
+    real: Tensor
+    shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -33,8 +52,7 @@ class Blocks:
         sequences: [N] sequence of each block.
         ranks: [N] number of the block in its sequence.
         last: [S] last block of each sequence.
-        alike: groups of sequences with more than one block: (first block and block count of each
-            [S', 2], largest block count).
+        groups: the sequences of more than one block.
     """
 
     size: int
@@ -43,51 +61,100 @@ class Blocks:
     sequences: Tensor
     ranks: Tensor
     last: Tensor
-    alike: tuple[tuple[Tensor, int], ...]
+    groups: tuple[Group, ...]
 
     @property
     def num_blocks(self) -> int:
         return self.sizes.numel()
 
 
-def plan_blocks(lengths: Sequence[int], device: torch.device) -> Blocks:
-    """The block size that costs least for these lengths, and the layout that follows."""
-    size = min(BLOCK_SIZES, key=lambda b: sum(-(-n // b) * b * (b + 64) for n in lengths))
-    length = torch.tensor(lengths)
-    counts = (length + size - 1) // size
-    first = counts.cumsum(0) - counts
-    sequences = torch.repeat_interleave(torch.arange(len(lengths)), counts)
-    ranks = torch.arange(int(counts.sum())) - first[sequences]
-    sizes = (length[sequences] - ranks * size).clamp(max=size)
-    rows = None
-    if bool((length % size).any()):
-        start = length.cumsum(0) - length
-        owner = torch.repeat_interleave(torch.arange(len(lengths)), length)
-        rows = (torch.arange(int(length.sum())) - start[owner] + first[owner] * size).to(device)
-    last = first + counts - 1
-    return Blocks(
-        size,
-        rows,
-        sizes.to(device),
-        sequences.to(device),
-        ranks.to(device),
-        last.to(device),
-        _alike(first, counts, device),
-    )
+@functools.lru_cache(maxsize=16)
+def plan_blocks(lengths: tuple[int, ...], dim: int, device: torch.device) -> Blocks:
+    """The block size that costs least for these lengths and this D, and the layout that follows."""
+    size = min(BLOCK_SIZES, key=lambda b: sum(_cost(n, b, dim) for n in lengths))
+    # a tensor first made in inference mode could never be saved for a later backward
+    with torch.inference_mode(False):
+        length = torch.tensor(lengths)
+        counts = (length + size - 1) // size
+        first = counts.cumsum(0) - counts
+        sequences = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+        ranks = torch.arange(int(counts.sum())) - first[sequences]
+        sizes = (length[sequences] - ranks * size).clamp(max=size)
+        rows = None
+        if bool((length % size).any()):
+            start = length.cumsum(0) - length
+            owner = torch.repeat_interleave(torch.arange(len(lengths)), length)
+            rows = (torch.arange(int(length.sum())) - start[owner] + first[owner] * size).to(device)
+        return Blocks(
+            size,
+            rows,
+            sizes.to(device),
+            sequences.to(device),
+            ranks.to(device),
+            (first + counts - 1).to(device),
+            _groups(first, counts, device),
+        )
+
+
+def _cost(length: int, size: int, dim: int) -> float:
+    """About the operations of one sequence, with a number moved counted as 40."""
+    inside, outside = 4 * size * dim, 4 * dim * dim
+    carried = 2 * length * (dim / size) ** 2 + 40 * dim * dim / size
+    return -(-length // size) * size * (inside + outside + carried)
+
+
+def _groups(first: Tensor, counts: Tensor, device: torch.device) -> tuple[Group, ...]:
+    groups = []
+    power = torch.ceil(torch.log2(counts.double())).long()
+    for value in power[counts > 1].unique().tolist():
+        chosen = power == value
+        own, start = counts[chosen, None], first[chosen, None]
+        rank = torch.arange(int(own.max()))[None, :]
+        # beyond a sequence's end the last block stands in: it only feeds places left out
+        take, real = start + torch.minimum(rank, own - 1), rank < own
+        whole = torch.equal(take.flatten(), torch.arange(int(counts.sum())))
+        shape = (take.shape[0], take.shape[1])
+        groups.append(Group(None if whole else take.to(device), real.to(device), shape))
+    return tuple(groups)
 
 
 def to_blocks(x: Tensor, blocks: Blocks) -> Tensor:
-    """[T, H, D] -> [N, H, B, D], zeros where a block has no token."""
+    """[T, H, D] -> [H, N, B, D], dense, zeros where a block has no token."""
     if blocks.rows is not None:
         room = x.new_zeros(blocks.num_blocks * blocks.size, *x.shape[1:])
-        x = room.index_copy(0, blocks.rows, x)
-    return x.view(blocks.num_blocks, blocks.size, *x.shape[1:]).transpose(1, 2)
+        x = room.index_copy_(0, blocks.rows, x)
+    return x.unflatten(0, (blocks.num_blocks, blocks.size)).permute(2, 0, 1, 3).contiguous()
 
 
-def from_blocks(x: Tensor, blocks: Blocks) -> Tensor:
-    """[N, H, B, D] -> [T, H, D]."""
-    x = x.transpose(1, 2).flatten(0, 1)
+def from_blocks(x: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    """[H, N, B, D] -> [T, H, D]."""
+    x = x.permute(1, 2, 0, 3).to(dtype).reshape(-1, x.shape[0], x.shape[3])
     return x if blocks.rows is None else x.index_select(0, blocks.rows)
+
+
+class _Decays(NamedTuple):
+    """Powers of each head's decay.
+
+    Args:
+        inside: [H, 1, B, B], from key to query of one block, 0 where the key comes later.
+        query: [H, 1, B, 1], from the state before the block to the query.
+        key: [H, N, B, 1] or [H, 1, B, 1], from the key to the block's end.
+    """
+
+    inside: Tensor
+    query: Tensor
+    key: Tensor
+
+
+def _decays(slopes: Tensor, blocks: Blocks) -> _Decays:
+    slope = slopes[:, None, None, None]
+    index = torch.arange(blocks.size, device=slopes.device)
+    distance = (index[:, None] - index[None, :]).to(slopes.dtype)
+    inside = torch.exp(-slope * distance.clamp(min=0)) * (distance >= 0)
+    query = torch.exp(-slope * (index[:, None] + 1).to(slopes.dtype))
+    sizes = blocks.sizes[:1] if blocks.rows is None else blocks.sizes
+    left = (sizes[:, None, None] - 1 - index[:, None]).clamp(min=0).to(slopes.dtype)
+    return _Decays(inside, query, torch.exp(-slope * left))
 
 
 def lightning_blocks(
@@ -101,68 +168,155 @@ def lightning_blocks(
     with_final: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Same numbers as `lightning_reference`; arguments checked by `op.lightning_attention`."""
-    dtype = v.dtype
-    blocks = plan_blocks(lengths, q.device)
-    # fp32: the state sums thousands of terms, and bf16 keeps 8 significant bits
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = (to_blocks(x.to(wide), blocks) for x in (q, k, v))
-    slopes = slopes.to(wide)
-    index = torch.arange(blocks.size, device=q.device)
-    distance = (index[:, None] - index[None, :]).to(wide)
-    inside = torch.exp(-slopes[:, None, None] * distance.clamp(min=0)) * (distance >= 0)
+    blocks = plan_blocks(tuple(lengths), q.shape[-1], q.device)
+    return _Lightning.apply(q, k, v, initial_state, slopes, blocks, with_final)
 
-    out = (q @ k.transpose(-1, -2) * inside) @ v
-    many = blocks.num_blocks > len(lengths)
-    if not many and initial_state is None and not with_final:
-        return from_blocks(out, blocks).to(dtype), None
 
-    left = (blocks.sizes[:, None] - 1 - index[None, :]).clamp(min=0).to(wide)
-    key_decay = torch.exp(-slopes[None, :, None] * left[:, None, :])
-    local = (k * key_decay[..., None]).transpose(-1, -2) @ v
-    state = torch.zeros_like(local)
-    if many:
-        state = _sum_of_earlier(local, slopes, blocks)
-    if initial_state is not None:
-        faded = torch.exp(-slopes[None, :] * (blocks.ranks[:, None] * blocks.size).to(wide))
-        state = state + faded[..., None, None] * initial_state.to(wide)[blocks.sequences]
-    if many or initial_state is not None:
-        query_decay = torch.exp(-slopes[:, None] * (index[None, :] + 1).to(wide))
-        out = out + (q * query_decay[..., None]) @ state
-    final = None
+class _Lightning(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        initial: Tensor | None,
+        slopes: Tensor,
+        blocks: Blocks,
+        with_final: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.blocks, ctx.dtypes = blocks, (q.dtype, k.dtype, v.dtype)
+        ctx.initial_dtype = None if initial is None else initial.dtype
+        # fp32: the state sums thousands of terms, and bf16 keeps 8 significant bits
+        wide = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v = (to_blocks(x.to(wide), blocks) for x in (q, k, v))
+            initial = None if initial is None else initial.to(wide)
+            slopes = slopes.to(wide)
+            out, state, final = _forward(q, k, v, initial, slopes, blocks, with_final)
+        ctx.save_for_backward(q, k, v, state, slopes)
+        return from_blocks(out, blocks, ctx.dtypes[2]), final
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, final_grad: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, state, slopes = ctx.saved_tensors
+        blocks = ctx.blocks
+        with torch.autocast(q.device.type, enabled=False):
+            grad = torch.zeros_like(q) if grad is None else to_blocks(grad.to(q.dtype), blocks)
+            if final_grad is not None:
+                final_grad = final_grad.to(q.dtype).transpose(0, 1)
+            *grads, to_state = _backward(q, k, v, state, slopes, blocks, grad, final_grad)
+            to_initial = None
+            if ctx.needs_input_grad[3] and to_state is not None:
+                shares = to_state.mul_(_fade_of_initial(slopes, blocks))
+                to_initial = shares.new_zeros(blocks.last.numel(), *shares[:, 0].shape)
+                to_initial.index_add_(0, blocks.sequences, shares.transpose(0, 1))
+                to_initial = to_initial.to(ctx.initial_dtype)
+        pairs = zip(grads, ctx.dtypes, strict=True)
+        return *(from_blocks(x, blocks, dtype) for x, dtype in pairs), to_initial, *[None] * 3
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    slopes: Tensor,
+    blocks: Blocks,
+    with_final: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Output [H, N, B, D], states before the blocks [H, N, D, D], final states [S, H, D, D]."""
+    decays = _decays(slopes, blocks)
+    out = (q @ k.mT).mul_(decays.inside) @ v
+    state = final = None
+    if not blocks.groups and initial is None and not with_final:
+        return out, None, None
+    local = (k * decays.key).mT @ v
+    if blocks.groups:
+        state = _sum_over_blocks(local, slopes, blocks, later=False)
+    if initial is not None:
+        faded = _fade_of_initial(slopes, blocks) * initial.transpose(0, 1)[:, blocks.sequences]
+        state = faded if state is None else state.add_(faded)
+    if state is not None:
+        _add_product(out, q * decays.query, state)
     if with_final:
-        fade = torch.exp(-slopes[None, :] * blocks.sizes[blocks.last][:, None].to(wide))
-        final = fade[..., None, None] * state[blocks.last] + local[blocks.last]
-    return from_blocks(out, blocks).to(dtype), final
+        final = local[:, blocks.last]
+        if state is not None:
+            final.addcmul_(_fade_of_last(slopes, blocks), state[:, blocks.last])
+        final = final.transpose(0, 1).contiguous()
+    return out, state, final
 
 
-def _sum_of_earlier(local: Tensor, slopes: Tensor, blocks: Blocks) -> Tensor:
-    """[N, H, D, D] local states -> state before each block, from the same sequence only.
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    slopes: Tensor,
+    blocks: Blocks,
+    grad: Tensor,
+    final_grad: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v [H, N, B, D] and of the states before the blocks."""
+    decays = _decays(slopes, blocks)
+    to_v = (q @ k.mT).mul_(decays.inside).mT @ grad
+    to_scores = (grad @ v.mT).mul_(decays.inside)
+    to_q, to_k = to_scores @ k, to_scores.mT @ q
+    to_state = to_local = None
+    if state is not None:
+        grad = grad * decays.query
+        _add_product(to_q, grad, state.mT)
+        to_state = q.mT @ grad
+        if final_grad is not None:
+            to_state[:, blocks.last] += _fade_of_last(slopes, blocks) * final_grad
+        if blocks.groups:
+            to_local = _sum_over_blocks(to_state, slopes, blocks, later=True)
+    if final_grad is not None:
+        if to_local is None:
+            to_local = q.new_zeros(*q.shape[:2], q.shape[3], q.shape[3])
+        to_local[:, blocks.last] += final_grad
+    if to_local is not None:
+        _add_product(to_k, v * decays.key, to_local.mT)
+        _add_product(to_v, k * decays.key, to_local)
+    return to_q, to_k, to_v, to_state
 
-    Sequences of like block count R share one [H, R, R] matrix of decays.
-    """
-    state = torch.zeros_like(local)
-    heads = local.shape[1]
-    for members, most in blocks.alike:
-        rank = torch.arange(most, device=local.device)
-        # beyond a sequence's end the last block stands in: it only feeds places left out below
-        take = members[:, :1] + torch.minimum(rank[None, :], members[:, 1:] - 1)
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b for [H, N, ., .] each."""
+    total.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+
+
+def _fade_of_initial(slopes: Tensor, blocks: Blocks) -> Tensor:
+    """[H, N, 1, 1]: what is left of the initial state before each block."""
+    tokens = (blocks.ranks * blocks.size).to(slopes.dtype)
+    return torch.exp(-slopes[:, None] * tokens)[..., None, None]
+
+
+def _fade_of_last(slopes: Tensor, blocks: Blocks) -> Tensor:
+    """[H, S, 1, 1]: what is left of the state before the last block at its end."""
+    tokens = blocks.sizes[blocks.last].to(slopes.dtype)
+    return torch.exp(-slopes[:, None] * tokens)[..., None, None]
+
+
+def _sum_over_blocks(x: Tensor, slopes: Tensor, blocks: Blocks, *, later: bool) -> Tensor:
+    """[H, N, D, D] -> decayed sum over the earlier (or later) blocks of each block's sequence."""
+    total = torch.zeros_like(x)
+    for group in blocks.groups:
+        rank = torch.arange(group.shape[1], device=x.device)
         between = rank[:, None] - rank[None, :] - 1
-        tokens = (between.clamp(min=0) * blocks.size).to(local.dtype)
+        between = between.T if later else between
+        tokens = (between.clamp(min=0) * blocks.size).to(x.dtype)
         weight = torch.exp(-slopes[:, None, None] * tokens) * (between >= 0)
-        # [S, R, H, D, D] -> [H, R, S * D * D]
-        flat = local[take].permute(2, 1, 0, 3, 4).reshape(heads, most, -1)
-        summed = (weight @ flat).view(heads, most, len(members), *local.shape[2:])
-        real = rank[None, :] < members[:, 1:]
-        state = state.index_copy(0, take[real], summed.permute(2, 1, 0, 3, 4)[real])
-    return state
-
-
-def _alike(first: Tensor, counts: Tensor, device: torch.device) -> tuple[tuple[Tensor, int], ...]:
-    """Sequences of more than one block, grouped by the power of two above their block count."""
-    groups = []
-    power = torch.ceil(torch.log2(counts.double())).long()
-    for value in power[counts > 1].unique().tolist():
-        chosen = power == value
-        members = torch.stack((first[chosen], counts[chosen]), dim=1)
-        groups.append((members.to(device), int(counts[chosen].max())))
-    return tuple(groups)
+        own = x if group.take is None else x[:, group.take.flatten()]
+        if later and group.take is not None:
+            own.mul_(group.real.flatten()[:, None, None])
+        own = own.view(x.shape[0], *group.shape, -1)
+        # [H, 1, R, R] x [H, S', R, D * D]
+        summed = (weight[:, None] @ own).view(x.shape[0], -1, *x.shape[2:])
+        if group.take is None:
+            return summed
+        total[:, group.take[group.real]] = summed[:, group.real.flatten()]
+    return total
