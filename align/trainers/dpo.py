@@ -100,11 +100,6 @@ def run(config: DpoConfig, job: Job) -> Outcome:
         ValueError: if a row, a file or the starting policy is not what it should be.
         RuntimeError: as `align.loop.train`.
     """
-    if config.backend == "trl":
-        # Imported when asked for: TRL takes seconds, and its backend knows this module's config.
-        from align.trl_backend import run_dpo
-
-        return run_dpo(config, job)
     start, tokenizer = open_start(config, job)
     data, sources = supply_pairs(config, job, tokenizer)
     model = adapted(start, config, job)

@@ -309,11 +309,6 @@ def run(config: GrpoConfig, job: Job) -> Outcome:
             is sharded (the engine needs whole weights).
         RuntimeError: as `align.loop.train`.
     """
-    if config.backend == "trl":
-        # Imported when asked for: TRL takes seconds, and its backend knows this module's config.
-        from align.trl_backend import run_grpo
-
-        return run_grpo(config, job)
     if job.accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError(
             "grpo: the native engine needs whole weights on each process, and FSDP shards them; "

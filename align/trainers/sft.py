@@ -25,11 +25,6 @@ def run(config: SftConfig, job: Job) -> Outcome:
         ValueError: if a row, a file or the starting policy is not what it should be.
         RuntimeError: as `align.loop.train`.
     """
-    if config.backend == "trl":
-        # Imported when asked for: TRL takes seconds, and its backend knows this module's config.
-        from align.trl_backend import run_sft
-
-        return run_sft(config, job)
     model, tokenizer = open_start(config, job)
     data, sources = supply_chats(config, job, tokenizer)
     course = LmCourse(data, job.accelerator)

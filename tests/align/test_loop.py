@@ -237,6 +237,12 @@ def test_bf16_keeps_fp32_weights_and_learns(tmp_path: Path) -> None:
     assert written[-1]["loss"] < written[0]["loss"]
 
 
+def test_another_backend_is_refused_by_the_native_loop(tmp_path: Path) -> None:
+    config = TrainConfig(backend="trl")
+    with pytest.raises(ValueError, match=r"backend = 'trl' reached the native loop"):
+        train(Course(data()), small.model(), config=config, job=small.job(tmp_path))
+
+
 def test_accumulating_accelerator_is_refused(tmp_path: Path) -> None:
     job = small.job(tmp_path)
     # accelerate keeps this number in a state shared by all accelerators of the process.

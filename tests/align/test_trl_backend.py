@@ -77,19 +77,20 @@ def grpo_config(folder: Path, **changes: Any) -> GrpoConfig:
     return GrpoConfig(**(given | changes))
 
 
+ON_TRL = {sft.run: run_sft, dpo.run: run_dpo, grpo.run: run_grpo}
+
+
 def both(
     tmp_path: Path,
     start: Path,
     config: Any,
     native: Callable[[Any, Job], Outcome],
 ) -> tuple[Job, Job, Outcome, Outcome]:
-    """The stage on either backend, through its own `run`."""
+    """The stage on either backend."""
     jobs = [replace(small.job(tmp_path / name, start), base=tmp_path) for name in ("ours", "trl")]
-    outcomes = [
-        native(config.model_copy(update={"backend": backend}), job)
-        for backend, job in zip(("native", "trl"), jobs, strict=True)
-    ]
-    return jobs[0], jobs[1], outcomes[0], outcomes[1]
+    ours = native(config, jobs[0])
+    theirs = ON_TRL[native](config.model_copy(update={"backend": "trl"}), jobs[1])
+    return jobs[0], jobs[1], ours, theirs
 
 
 def weights(job: Job) -> dict[str, Tensor]:
