@@ -112,6 +112,10 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
     """
     accelerator = job.accelerator
     _check(accelerator, model)
+    if config.backend != "native":
+        raise ValueError(
+            f"backend = {config.backend!r} reached the native loop; call align.trl_backend instead"
+        )
     set_seed(job.seed, device_specific=True)
     if config.gradient_checkpointing:
         _recompute_activations(model)

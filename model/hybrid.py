@@ -155,7 +155,9 @@ class HybridModel(HybridPreTrainedModel):
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # no padding_idx: a row pinned to zero stays zero through every lightning layer, and if it is
+        # ever sampled their norms multiply its gradient to infinity
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_dim = config.rotary_dim if config.rotary_dim is not None else config.head_dim

@@ -37,11 +37,10 @@ def make_start(config: ModelConfig, temporary: Path, base: Path) -> Path:
         return _download(config)
     tokenizer = _tokenizer(config.tokenizer, base, config.seed)
     set_seed(config.seed)
-    # No pad_token_id: it would pin one embedding to zero, and a policy can sample any token. The
-    # norm of a zero vector multiplies its gradient by 1/sqrt(eps) in every layer, to infinity.
     shape = preset(
         config.preset,
         vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

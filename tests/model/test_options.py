@@ -190,3 +190,15 @@ def test_cached_key_dtype_follows_the_model():
     model = build().bfloat16()
     assert model.model.new_cache(2).pages.dtype == torch.bfloat16
     assert model.model.new_cache(2).states.dtype == torch.float32
+
+
+def test_a_sampled_pad_token_has_finite_gradients():
+    torch.manual_seed(0)
+    config = preset("tiny", vocab_size=64, pad_token_id=5)
+    model = HybridForCausalLM(config)
+    packed = Packed.from_sequences([[1, 5, 5, 2, 5]])
+    model(packed=packed, targets=torch.tensor([5, 5, 2, 5, 0])).logprobs.sum().backward()
+    gradient = model.model.embed_tokens.weight.grad
+    assert gradient is not None
+    assert torch.isfinite(gradient).all()
+    assert gradient[5].norm() > 0
