@@ -155,8 +155,8 @@ class HybridModel(HybridPreTrainedModel):
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
-        # no padding_idx: a row pinned to zero stays zero through every lightning layer, and if it is
-        # ever sampled their norms multiply its gradient to infinity
+        # no padding_idx: a row pinned to zero stays zero through every lightning layer, and once it
+        # is sampled their norms multiply its gradient to infinity
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

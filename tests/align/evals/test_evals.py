@@ -261,7 +261,7 @@ def test_a_reward_model_ranks_pairs_by_the_labelled_head(
         values = model(packed, [prompt, prompt]).values
         gap = (values[0] - values[1]).detach()
         assert item == pytest.approx(float(gap[model.signals.index(pair.signal)]), abs=1e-5)
-    assert result.baseline == 0.5
+    assert result.baseline == 0.0
     overall = {**TASK, "signal": "overall"}
     assert ask({"kind": "preference", "data": [overall]}, policy="reward").num_items == 12
 
