@@ -52,7 +52,7 @@ def median_ms(work: Callable[[], object], repeats: int = 11) -> float:
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, lengths: Sequence[int]) -> Tensor:
-    return lightning_attention(q, k, v, slopes, lengths, form="triton")[0]
+    return lightning_attention(q, k, v, slopes, lengths)[0]
 
 
 def peer() -> Form | None:
@@ -179,7 +179,7 @@ def time_decode() -> None:
         states = torch.randn(count + 8, heads, HEAD_DIM, HEAD_DIM, device=DEVICE)
         index = torch.randperm(count + 8, device=DEVICE)[:count]
         (q, k, v, _), slopes = make(count, heads)
-        step = partial(lightning_step, q, k, v, slopes, states, index, form="triton")
+        step = partial(lightning_step, q, k, v, slopes, states, index)
         found = median_ms(step)
         floor = 2 * count * heads * HEAD_DIM**2 * 4 / bandwidth * 1e3
         say(f"decode {count} sequences: {found * 1e3:.1f} us, floor {floor * 1e3:.1f} us")

@@ -1,8 +1,7 @@
 """Lightning attention over packed sequences: the entries, which choose the form.
 
 Two forms give the same numbers: torch matmuls on any device (`blocks.py`) and Triton on CUDA
-(`launch.py`). Triton runs only where it is asked for: its committed form has been compiled for
-Hopper and run by the interpreter, but not yet on a GPU (benchmarks/results/kernels.md).
+(`launch.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from model.kernels.lightning.blocks import lightning_blocks
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TRITON_SIZE = 256
 
-Form = Literal["torch", "triton"]
+Form = Literal["auto", "torch"]
 
 
 def lightning_attention(
@@ -30,7 +29,7 @@ def lightning_attention(
     *,
     initial_state: Tensor | None = None,
     with_final: bool = False,
-    form: Form = "torch",
+    form: Form = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Causal linear attention with one fixed decay per head.
 
@@ -42,7 +41,7 @@ def lightning_attention(
             unless an initial state is given.
         initial_state: [S, H, D, D] fp32.
         with_final: whether the final states are wanted.
-        form: `triton` needs CUDA; fp64 and D > 256 take the torch form all the same.
+        form: `auto` takes Triton on CUDA, and torch on a CPU, for fp64 and for D > 256.
 
     Returns: o [T, H, D] in the dtype of v, accumulated in fp32; final states [S, H, D, D] fp32
         or None.
@@ -68,7 +67,7 @@ def lightning_attention(
         raise ValueError(f"initial_state is on {initial_state.device}, q on {q.device}")
     if max(lengths, default=0) == 1 and initial_state is not None:
         return _step(q, k, v, slopes, initial_state)
-    if form == "triton" and _runs_triton(q) and total:
+    if form == "auto" and _runs_triton(q) and total:
         # not at the top: torch for CPU comes without triton
         from model.kernels.lightning.launch import lightning_triton
 
@@ -88,7 +87,7 @@ def lightning_step(
     states: Tensor,
     index: Tensor,
     *,
-    form: Form = "torch",
+    form: Form = "auto",
 ) -> Tensor:
     """One token of each of S sequences, their states read and written in place; no gradient.
 
@@ -124,7 +123,7 @@ def lightning_step(
         raise ValueError(f"states on {states.device}, index on {index.device}, q on {q.device}")
     with torch.no_grad():
         fits = states.dtype == torch.float32 and states[0].is_contiguous()
-        if form == "triton" and _runs_triton(q) and fits:
+        if form == "auto" and _runs_triton(q) and fits:
             from model.kernels.lightning.launch import lightning_step_triton
 
             return lightning_step_triton(q, k, v, slopes, states, index)
