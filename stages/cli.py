@@ -226,7 +226,20 @@ def _accelerator() -> Accelerator:
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     # Said outright, because without a GPU accelerate takes each process of a launch for a run of
     # its own unless it is told to use the CPU.
-    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+    _refuse_lost_processes(accelerator.num_processes)
+    return accelerator
+
+
+def _refuse_lost_processes(started: int) -> None:
+    """`accelerate launch --cpu --num_processes 2` sets an address for two and starts one."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if started == 1 and on_cpu and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise RuntimeError(
+            "accelerate launch --cpu started 1 process, whatever --num_processes asked for; for "
+            "several on a CPU use `accelerate launch --config_file stages/launch/cpu.yaml "
+            "--num_processes N -m stages run ...`"
+        )
 
 
 def _show(value: Any) -> None:

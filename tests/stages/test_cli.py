@@ -168,3 +168,19 @@ def test_python_m_stages_is_the_same_program():
     assert done.stderr.strip() == (
         "error: gone.yaml: No such file or directory; expected a recipe file"
     )
+
+
+def test_processes_that_accelerate_did_not_start_are_missed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    file = tmp_path / "r.yaml"
+    file.write_text(SFT)
+    # what `accelerate launch --cpu --num_processes 2` leaves in the environment of its one process
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    result = align("run", str(file), "--out", str(tmp_path / "run"))
+    assert result.exit_code == 1
+    assert "started 1 process" in result.stderr
+    assert "--config_file stages/launch/cpu.yaml" in result.stderr
+    assert not (tmp_path / "run").exists()
