@@ -33,6 +33,9 @@ from rollout.types import Engine, Request, Sampling
 
 MALFORMED = "malformed: "
 PAGE_TOKENS = 64
+# Prompt tokens a forward: on a CPU more of them leave its caches (13 tokens a ms at 4,096, 10 at
+# 16,384 with the tiny preset), on a GPU fewer leave it idle.
+PREFILL_TOKENS = {"cpu": 4096, "cuda": 16_384}
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,7 @@ def open_engine(
         max_slots=max_concurrent + 1,
         max_cache_tokens=(max_concurrent + 1) * (max_tokens + PAGE_TOKENS),
         page_tokens=PAGE_TOKENS,
+        prefill_tokens=PREFILL_TOKENS.get(plain.device.type, PREFILL_TOKENS["cuda"]),
         autocast=autocast,
     )
 
