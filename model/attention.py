@@ -10,8 +10,8 @@ from model.cache import CacheStep
 from model.config import HybridConfig
 from model.kernels.attention.op import cached_attention, packed_attention
 from model.kernels.linear.op import Linear
+from model.kernels.rotary.op import rotate
 from model.packed import Packed
-from model.rotary import rotate
 
 Core = Callable[..., Tensor]
 
@@ -47,7 +47,7 @@ class SoftmaxAttention(nn.Module):
             projection(x).view(x.shape[0], -1, self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k = rotate(q, k, *angles)
         if cache is not None:
             cache.write(self.layer, k, v)
         if cache is None or cache.is_fresh:

@@ -22,9 +22,10 @@ from model.cache import CacheStep, DecodeCache
 from model.config import HybridConfig
 from model.door import check_form, check_hints, open_door, own_labels
 from model.kernels.logprob.op import head_logits, token_logprobs
+from model.kernels.norm.op import join
 from model.lightning import LightningAttention
 from model.moe import Experts, MoE, Router, balance_loss, router_losses
-from model.norm import RMSNorm
+from model.norm import ResidualNorm, RMSNorm
 from model.packed import Packed
 from model.rotary import rotary_angles
 
@@ -69,37 +70,31 @@ class Block(nn.Module):
 
     def __init__(self, config: HybridConfig, layer: int) -> None:
         super().__init__()
-        self.postnorm = config.postnorm
         lightning = config.layer_types[layer] == "linear_attention"
         self.self_attn = (LightningAttention if lightning else SoftmaxAttention)(config, layer)
         self.mlp = MoE(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn_gain = (
+        attn_gain = (
             (config.linear_attn_alpha_factor, config.linear_attn_beta_factor)
             if lightning
             else (config.full_attn_alpha_factor, config.full_attn_beta_factor)
         )
+        size, eps, postnorm = config.hidden_size, config.rms_norm_eps, config.postnorm
+        self.input_layernorm = ResidualNorm(size, eps, postnorm=postnorm)
+        self.post_attention_layernorm = ResidualNorm(size, eps, postnorm=postnorm, gain=attn_gain)
         self.mlp_gain = (config.mlp_alpha_factor, config.mlp_beta_factor)
 
     def forward(
         self, x: Tensor, packed: Packed, angles: Angles, cache: CacheStep | None = None
     ) -> tuple[Tensor, Tensor]:
         """[T, C] -> [T, C] and router logits [T, E]."""
-        normed = self.input_layernorm(x)
+        residual, normed = self.input_layernorm(x)
         if isinstance(self.self_attn, LightningAttention):
             branch = self.self_attn(normed, packed, cache)
         else:
             branch = self.self_attn(normed, packed, angles, cache)
-        x = _join(normed if self.postnorm else x, branch, self.attn_gain)
-        normed = self.post_attention_layernorm(x)
+        residual, normed = self.post_attention_layernorm(residual, branch)
         branch, router_logits = self.mlp(normed)
-        return _join(normed if self.postnorm else x, branch, self.mlp_gain), router_logits
-
-
-def _join(residual: Tensor, branch: Tensor, gain: tuple[float, float]) -> Tensor:
-    alpha, beta = gain
-    return torch.add(branch if beta == 1 else beta * branch, residual, alpha=alpha)
+        return join(residual, branch, self.mlp_gain), router_logits
 
 
 class HybridPreTrainedModel(PreTrainedModel):

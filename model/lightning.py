@@ -6,14 +6,14 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import CacheStep
 from model.config import HybridConfig
 from model.kernels.lightning.op import lightning_attention
 from model.kernels.linear.op import Linear
-from model.norm import RMSNorm
+from model.kernels.qkv.op import silu_qkv
+from model.norm import GatedRMSNorm
 from model.packed import Packed
 
 Core = Callable[..., tuple[Tensor, Tensor | None]]
@@ -56,15 +56,14 @@ class LightningAttention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, 3 * width)
         self.out_proj = Linear(width, config.hidden_size)
         self.output_gate = Linear(config.hidden_size, width)
-        self.norm = RMSNorm(width, config.lightning_norm_eps)
+        self.norm = GatedRMSNorm(width, config.lightning_norm_eps)
         self.core: Core = lightning_attention
 
     def forward(self, x: Tensor, packed: Packed, cache: CacheStep | None = None) -> Tensor:
         """[T, C] -> [T, C]."""
-        qkv = F.silu(self.qkv_proj(x)).view(-1, self.heads, 3 * self.head_dim)
-        q, k, v = qkv.split(self.head_dim, dim=-1)
+        q, k, v = silu_qkv(self.qkv_proj(x), self.heads)
         out = self._attend(q, k, v, packed.lengths, cache)
-        return self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(out.flatten(1)))
+        return self.out_proj(self.norm(out.flatten(1), self.output_gate(x)))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], cache: CacheStep | None

@@ -1,13 +1,11 @@
-"""RMSNorm: statistics in fp32 (fp64 stays), scaled in the dtype of the activations."""
+"""The norms of the network: RMSNorm alone, of the residual stream, and with a gate."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from model.kernels.norm.op import gated_norm, join_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -25,34 +23,36 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., C] -> [.., C] in the dtype of x."""
-        weight = self.weight.to(x.dtype)
-        exact = x.dtype in (torch.float32, torch.float64)
-        if x.device.type == "cpu" and exact and not torch.compiler.is_compiling():
-            return _RMSNorm.apply(x, weight, self.eps)
-        # one kernel on CUDA, which takes one dtype only; fp32 inside, whatever the dtype of x
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """The norm in few passes over memory; torch has no fused one on a CPU."""
+class ResidualNorm(RMSNorm):
+    """RMSNorm of the residual stream, after the branch before it, if any, has joined.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+    Args:
+        size, eps: as above.
+        postnorm: whether the residual carries the norm on (PostNorm), or what it is made of.
+        gain: alpha and beta of the join.
+    """
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        product = grad * normed
-        to_x = to_weight = None
-        if ctx.needs_input_grad[1]:
-            to_weight = product.flatten(0, -2).sum(0)
-        if ctx.needs_input_grad[0]:
-            along = (product @ weight).div_(-x.shape[-1]).unsqueeze(-1)
-            to_x = torch.mul(grad, weight, out=product).addcmul_(normed, along).mul_(scale)
-        return to_x, to_weight, None
+    def __init__(
+        self, size: int, eps: float, *, postnorm: bool, gain: tuple[float, float] = (1.0, 1.0)
+    ) -> None:
+        super().__init__(size, eps)
+        self.postnorm = postnorm
+        self.gain = gain
+
+    # without a branch there is nothing to join
+    def forward(self, residual: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """[T, C] each -> what the residual carries on, and the norm; both read only."""
+        return join_norm(
+            residual, branch, self.weight, self.eps, gain=self.gain, postnorm=self.postnorm
+        )
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm over all heads together, times sigmoid(gate)."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """[.., C] each -> [.., C]."""
+        return gated_norm(x, gate, self.weight, self.eps)

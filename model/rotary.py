@@ -22,17 +22,3 @@ def rotary_angles(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tens
     angle = positions.float()[:, None] * frequency[None, :]
     angle = torch.cat((angle, angle), dim=-1)[:, None, :]
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the leading `rotary_dim` dimensions of each head; the rest pass.
-
-    Args:
-        x: [T, heads, D].
-        cos, sin: [T, 1, rotary_dim] in any dtype; used in the dtype of x.
-    """
-    size = cos.shape[-1]
-    turning, passing = x[..., :size], x[..., size:]
-    first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
-    return turned if size == x.shape[-1] else torch.cat((turned, passing), dim=-1)
