@@ -40,7 +40,7 @@ def norm_fwd_join(
     HAS_BRANCH: tl.constexpr, KEEPS_X: tl.constexpr,
 ):  # fmt: skip
     """x = alpha * residual + beta * branch, and its norm."""
-    b_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    b_t = tl.program_id(0) * BT + tl.arange(0, BT).to(tl.int64)
     b_c = tl.arange(0, BC)[None, :]
     o_t, m_x = b_t[:, None], (b_t < T)[:, None] & (b_c < C)
     b_x = _load(p_residual, o_t * s_residual + b_c, m_x)
@@ -71,7 +71,7 @@ def norm_bwd_join(
     b_w = _load(p_w, b_c, b_c < C)
     b_dw = tl.zeros((1, BC), tl.float32)
     for i in tl.range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0), num_stages=STAGES):
-        b_t = i.to(tl.int64) * BT + tl.arange(0, BT)
+        b_t = i * BT + tl.arange(0, BT).to(tl.int64)
         o_t, m_x = b_t[:, None], (b_t < T)[:, None] & (b_c < C)
         b_x = _load(p_residual, o_t * s_residual + b_c, m_x)
         if HAS_BRANCH:
@@ -107,7 +107,7 @@ def norm_fwd_gate(
     C: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """sigmoid(gate) * norm(x)."""
-    b_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    b_t = tl.program_id(0) * BT + tl.arange(0, BT).to(tl.int64)
     b_c = tl.arange(0, BC)[None, :]
     o_t, m_x = b_t[:, None], (b_t < T)[:, None] & (b_c < C)
     b_x = _load(p_x, o_t * s_x + b_c, m_x)
@@ -131,7 +131,7 @@ def norm_bwd_gate(
     b_w = _load(p_w, b_c, b_c < C)
     b_dw = tl.zeros((1, BC), tl.float32)
     for i in tl.range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0), num_stages=STAGES):
-        b_t = i.to(tl.int64) * BT + tl.arange(0, BT)
+        b_t = i * BT + tl.arange(0, BT).to(tl.int64)
         o_t, m_x = b_t[:, None], (b_t < T)[:, None] & (b_c < C)
         b_x = _load(p_x, o_t * s_x + b_c, m_x)
         b_dout = _load(p_dout, o_t * s_dout + b_c, m_x)

@@ -1,4 +1,4 @@
-"""Compiles every lightning kernel for one GPU architecture, without a GPU.
+"""Compiles the kernels of lightning attention and of the block for one GPU, without a GPU.
 
 Run: python tests/model/kernels/compile_ahead.py 90
 Prints a line a kernel: registers are the compiler's, bytes of local memory are spills.
@@ -20,8 +20,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from model.kernels.lightning import hopper, kernel, launch
+from model.kernels.norm import kernel as norm
+from model.kernels.norm.launch import choose_shape as norm_shape
+from model.kernels.qkv import kernel as qkv
+from model.kernels.qkv import launch as qkv_launch
+from model.kernels.rotary import kernel as rotary
+from model.kernels.rotary import launch as rotary_launch
 
 FLOATS = {"p_slopes", "p_pieces_out", "p_init", "p_carry", "p_final", "p_states"}
+FLOATS |= {"p_rstd", "p_partial", "p_cos", "p_sin"}
+NUMBERS = {"eps", "alpha", "beta"}
 TABLES = {"p_pieces", "p_carries", "p_chunks", "p_segments"}
 FLAGS = ("HAS_CARRY", "HAS_INIT", "HAS_FINAL")
 
@@ -37,6 +45,8 @@ def compile_one(function, constants: dict, arch: int, warps: int, stages: int, d
             signature[name] = f"tensordesc<{dtype}{block},{layout!r}>".replace("<bf16[", "<bf16[")
         elif name in FLOATS or (name == "p_out" and "p_pieces" in function.arg_names):
             signature[name] = "*fp32"
+        elif name in NUMBERS:
+            signature[name] = "fp32"
         elif name in TABLES:
             signature[name] = "*i32"
         elif name == "p_index":
@@ -102,10 +112,35 @@ def variants(arch: int):
         yield hopper.lightning_bwd_keys_values, constants, shape.warps, shape.stages, "bf16"
 
 
+def block_variants():
+    """As above, of the block around attention, with all that may be asked for."""
+    flags = ("HAS_BRANCH", "HAS_CARRIED", "HAS_DRESIDUAL", "HAS_DBRANCH", "HAS_DW")
+    for columns, padded, dtype in ((96, 128, "fp32"), (2048, 2048, "bf16"), (8192, 8192, "bf16")):
+        shape = norm_shape(columns, is_backward=False)
+        constants = {"C": columns, "BC": padded, "BT": shape.rows}
+        keeps = {"HAS_BRANCH": True, "KEEPS_X": True}
+        yield norm.norm_fwd_join, {**constants, **keeps}, shape.warps, 1, dtype
+        yield norm.norm_fwd_gate, constants, shape.warps, 1, dtype
+        shape = norm_shape(columns, is_backward=True)
+        constants = {"C": columns, "BC": padded, "BT": shape.rows, "STAGES": shape.stages}
+        wanted = {**constants, **dict.fromkeys(flags, True), "POSTNORM": True}
+        yield norm.norm_bwd_join, wanted, shape.warps, 1, dtype
+        yield norm.norm_bwd_gate, {**constants, "HAS_DW": True}, shape.warps, 1, dtype
+    rows = qkv_launch.TILE_ELEMENTS // 128
+    constants = {"H": 16, "D": 128, "BD": 128, "BR": rows}
+    yield qkv.qkv_bwd_silu, constants, qkv_launch.WARPS, 1, "bf16"
+    rows = rotary_launch.TILE_ELEMENTS // 128
+    constants = {
+        "H": 16, "G": 4, "D": 128, "R": 64, "BH": 32, "BP": 64, "BR": rows, "INVERSE": True,
+    }  # fmt: skip
+    yield rotary.rotary_fwd_pair, constants, rotary_launch.WARPS, 1, "bf16"
+
+
 def main(arch: int) -> None:
-    for function, constants, warps, stages, dtype in variants(arch):
+    everything = itertools.chain(variants(arch), block_variants())
+    for function, constants, warps, stages, dtype in everything:
         name = function.fn.__name__
-        size = constants.get("D", constants.get("DK"))
+        size = constants.get("D", constants.get("DK", constants.get("C")))
         found = compile_one(function, constants, arch, warps, stages, dtype)
         sys.stdout.write(f"{name} {dtype} D={size}: {found}\n")
         sys.stdout.flush()
