@@ -5,6 +5,7 @@ Every output and every gradient is held to the formulas in fp64, by RMS ratio.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.config import preset
+from model.hybrid import HybridForCausalLM
 from model.kernels.norm import op as norm_op
 from model.kernels.norm.reference import (
     gated_norm_reference,
@@ -24,6 +27,7 @@ from model.kernels.qkv import op as qkv_op
 from model.kernels.qkv.reference import silu_qkv_reference
 from model.kernels.rotary import op as rotary_op
 from model.kernels.rotary.reference import rotate_reference
+from model.packed import Packed
 from model.rotary import rotary_angles
 from tests.helpers import assert_close
 
@@ -376,6 +380,43 @@ def test_angles_that_do_not_fit_are_refused():
         rotary_op.rotate(q, q.bfloat16(), cos, cos)
     with pytest.raises(ValueError, match="sin on meta: expected one device"):
         rotary_op.rotate(q, q, cos, cos.to("meta"))
+
+
+@pytest.mark.parametrize(("postnorm", "is_checkpointed"), [(True, True), (False, False)])
+def test_whole_model_gives_the_same_loss_and_gradients(
+    postnorm: bool, is_checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+):
+    gains = {"linear_attn_alpha_factor": 1.3, "full_attn_alpha_factor": 1.2, "mlp_beta_factor": 0.7}
+    kinds = ["linear_attention", "full_attention"]
+    config = preset(
+        "tiny", num_hidden_layers=2, layer_types=kinds, postnorm=postnorm, vocab_size=64, **gains
+    )
+    torch.manual_seed(0)
+    model = HybridForCausalLM(config).train()
+    for parameter in model.parameters():
+        # weights of norms other than 1
+        parameter.data.mul_(torch.rand_like(parameter) + 0.5)
+    expected = loss_and_gradients(model, "cpu")
+    for room in ("norm", "qkv", "rotary"):
+        launch(room)
+    if not CUDA:
+        for op in (norm_op, qkv_op, rotary_op):
+            monkeypatch.setattr(op, "_runs_triton", lambda *a: True)
+    if is_checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = loss_and_gradients(model, DEVICE)
+    for name, value in expected.items():
+        assert_close(name, found[name].cpu(), value, 1e-4)
+
+
+def loss_and_gradients(model: HybridForCausalLM, device: str) -> dict[str, Tensor]:
+    model = copy.deepcopy(model).to(device)
+    tokens = torch.arange(70) * 37 % 64
+    packed = Packed.from_sequences([tokens[:41].tolist(), tokens[41:].tolist()], device=device)
+    out = model(packed=packed, targets=tokens.roll(-1).to(device))
+    loss = -out.logprobs.mean()
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
 LENGTHS = (1, 63, 64, 65, 1000)
