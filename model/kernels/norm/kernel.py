@@ -24,11 +24,10 @@ def _load(p_x, o_x, m_x):
 
 
 @triton.jit
-def _norm_grad(b_g, b_w, b_normed, b_rstd, C: tl.constexpr):
-    """Gradient of the normed row's input; b_normed is x * r, without the weight."""
-    b_gw = b_g * b_w
-    along = tl.sum(b_gw * b_normed, axis=1) / C
-    return b_rstd[:, None] * (b_gw - b_normed * along[:, None])
+def _norm_grad(b_gw, b_gwn, b_normed, b_rstd, C: tl.constexpr):
+    """Gradient of x from g w, g w x r and x r."""
+    along = tl.sum(b_gwn, axis=1) / C
+    return b_rstd[:, None] * b_gw - b_normed * (b_rstd * along)[:, None]
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -83,9 +82,10 @@ def norm_bwd_join(
                 b_g += b_carried
         b_rstd = tl.load(p_rstd + b_t, mask=b_t < T, other=0.0)
         b_normed = b_x * b_rstd[:, None]
+        b_gn = b_g * b_normed
         if HAS_DW:
-            b_dw += tl.sum(b_g * b_normed, axis=0)[None, :]
-        b_dx = _norm_grad(b_g, b_w, b_normed, b_rstd, C)
+            b_dw += tl.sum(b_gn, axis=0)[None, :]
+        b_dx = _norm_grad(b_g * b_w, b_gn * b_w, b_normed, b_rstd, C)
         if HAS_CARRIED:
             if not POSTNORM:
                 b_dx += b_carried
@@ -139,12 +139,13 @@ def norm_bwd_gate(
         b_rstd = tl.load(p_rstd + b_t, mask=b_t < T, other=0.0)
         b_normed = b_x * b_rstd[:, None]
         b_g = b_dout * b_open
+        b_gn = b_g * b_normed
         if HAS_DW:
-            b_dw += tl.sum(b_g * b_normed, axis=0)[None, :]
+            b_dw += tl.sum(b_gn, axis=0)[None, :]
+        b_gwn = b_gn * b_w
         o_dx = o_t * C + b_c
-        b_dgate = b_g * (1.0 - b_open) * b_normed * b_w
-        tl.store(p_dgate + o_dx, _cast(b_dgate, p_dgate), mask=m_x)
-        b_dx = _norm_grad(b_g, b_w, b_normed, b_rstd, C)
+        tl.store(p_dgate + o_dx, _cast(b_gwn - b_gwn * b_open, p_dgate), mask=m_x)
+        b_dx = _norm_grad(b_g * b_w, b_gwn, b_normed, b_rstd, C)
         tl.store(p_dx + o_dx, _cast(b_dx, p_dx), mask=m_x)
     if HAS_DW:
         o_p = tl.program_id(0).to(tl.int64) * C

@@ -396,17 +396,21 @@ def test_whole_model_gives_the_same_loss_and_gradients(
     for parameter in model.parameters():
         # weights of norms other than 1
         parameter.data.mul_(torch.rand_like(parameter) + 0.5)
-    expected = loss_and_gradients(model, "cpu")
     for room in ("norm", "qkv", "rotary"):
         launch(room)
-    if not CUDA:
+
+    def choose(is_triton: bool) -> None:
         for op in (norm_op, qkv_op, rotary_op):
-            monkeypatch.setattr(op, "_runs_triton", lambda *a: True)
+            monkeypatch.setattr(op, "_runs_triton", lambda *a: is_triton)
+
+    choose(is_triton=False)
+    expected = loss_and_gradients(model, DEVICE)
+    choose(is_triton=True)
     if is_checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     found = loss_and_gradients(model, DEVICE)
     for name, value in expected.items():
-        assert_close(name, found[name].cpu(), value, 1e-4)
+        assert_close(name, found[name], value, 1e-4)
 
 
 def loss_and_gradients(model: HybridForCausalLM, device: str) -> dict[str, Tensor]:
