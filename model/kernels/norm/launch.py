@@ -13,8 +13,12 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.runtime import driver
 
 from model.kernels.norm import kernel
+
+# tensors of whole rows that a backward reads
+READ = 4
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Shape:
     Args:
         rows: rows a tile.
         warps: of a program.
-        residents: programs that one multiprocessor runs at once, where programs walk over tiles.
-        stages: tiles in flight in a program that walks.
+        residents: programs a multiprocessor, where programs walk over tiles.
+        stages: 1 reads a tile when its turn comes; more read so many less one ahead.
     """
 
     rows: int
@@ -34,20 +38,51 @@ class Shape:
     stages: int = 1
 
 
-def choose_shape(columns: int, *, is_backward: bool) -> Shape:
+def forward_shape(columns: int) -> Shape:
+    """As measured on one H200: a tile a program, at the speed of memory from 2,048 channels on."""
     padded = triton.next_power_of_2(columns)
-    rows = max(1, 2048 // padded)
-    if not is_backward:
-        return Shape(rows, warps=4 if padded <= 2048 else 8)
-    warps = min(max(padded // 512, 4), 16)
-    return Shape(rows, warps=warps, residents=32 // warps)
+    return Shape(max(1, 2048 // padded), warps=4 if padded <= 2048 else 8)
+
+
+def backward_shape(columns: int, *, item_bytes: int, shared_bytes: int, is_gated: bool) -> Shape:
+    """As measured on one H200.
+
+    A wide row fills a multiprocessor's registers, so that only reading ahead hides its latency;
+    narrow ones are shared by several programs. The gate's exponentials leave less time to hide.
+
+    Args:
+        item_bytes: of one number of the widest tensor.
+        shared_bytes: that a program may have.
+    """
+    padded = triton.next_power_of_2(columns)
+    if padded < 2048 or (padded == 2048 and not is_gated):
+        return Shape(4096 // padded, warps=4, residents=3 if padded == 2048 else 8)
+    ahead = min(2, shared_bytes // (READ * padded * item_bytes + 2048))
+    if padded == 2048:
+        return Shape(1, warps=8, residents=2, stages=1 + ahead)
+    return Shape(1, warps=16, stages=1 + ahead)
+
+
+@dataclass(frozen=True)
+class Device:
+    multiprocessors: int
+    shared_bytes: int
 
 
 @functools.lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
+def _properties(device: torch.device) -> Device:
     if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return Device(2, 0)
+    found = driver.active.utils.get_device_properties(device.index)
+    return Device(found["multiprocessor_count"], found["max_shared_mem"])
+
+
+def _backward_shape(x: Tensor, *others: Tensor | None, is_gated: bool) -> Shape:
+    item_bytes = max(t.element_size() for t in (x, *others) if t is not None)
+    shared_bytes = _properties(x.device).shared_bytes
+    return backward_shape(
+        x.shape[1], item_bytes=item_bytes, shared_bytes=shared_bytes, is_gated=is_gated
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -62,7 +97,9 @@ def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _programs(x: Tensor, shape: Shape) -> int:
-    return min(triton.cdiv(x.shape[0], shape.rows), _multiprocessors(x.device) * shape.residents)
+    return min(
+        triton.cdiv(x.shape[0], shape.rows), _properties(x.device).multiprocessors * shape.residents
+    )
 
 
 def _partial(x: Tensor, shape: Shape, is_wanted: bool) -> Tensor | None:
@@ -97,7 +134,7 @@ class _JoinNorm(torch.autograd.Function):
         out = _empty(residual, residual.dtype)
         rstd = torch.empty(total, dtype=torch.float32, device=residual.device)
         x = torch.empty_like(out) if branch is not None and not postnorm else None
-        shape = choose_shape(columns, is_backward=False)
+        shape = forward_shape(columns)
         kernel.norm_fwd_join[(triton.cdiv(total, shape.rows),)](
             residual, branch, weight, x, out, rstd,
             residual.stride(0), 0 if branch is None else branch.stride(0),
@@ -134,7 +171,7 @@ class _JoinNorm(torch.autograd.Function):
         is_shared = needs_residual and needs_branch and is_alike
         dresidual = _empty(dout, dout.dtype) if needs_residual else None
         dbranch = _empty(dout, ctx.branch_dtype) if needs_branch and not is_shared else None
-        shape = choose_shape(dout.shape[1], is_backward=True)
+        shape = _backward_shape(dout, residual, branch, is_gated=False)
         partial = _partial(dout, shape, needs_weight)
         kernel.norm_bwd_join[(_programs(dout, shape),)](
             dout, dcarried, residual, branch, weight, rstd, dresidual, dbranch, partial,
@@ -158,7 +195,7 @@ class _GatedNorm(torch.autograd.Function):
         total, columns = x.shape
         out = _empty(x, x.dtype)
         rstd = torch.empty(total, dtype=torch.float32, device=x.device)
-        shape = choose_shape(columns, is_backward=False)
+        shape = forward_shape(columns)
         kernel.norm_fwd_gate[(triton.cdiv(total, shape.rows),)](
             x, gate, weight, out, rstd, x.stride(0), gate.stride(0), total, eps,
             C=columns, BC=triton.next_power_of_2(columns), BT=shape.rows, num_warps=shape.warps,
@@ -172,7 +209,7 @@ class _GatedNorm(torch.autograd.Function):
         x, gate, weight, rstd = ctx.saved_tensors
         dout = _rows(dout)
         dx, dgate = _empty(x, x.dtype), _empty(x, gate.dtype)
-        shape = choose_shape(x.shape[1], is_backward=True)
+        shape = _backward_shape(x, gate, is_gated=True)
         partial = _partial(dout, shape, ctx.needs_input_grad[2])
         kernel.norm_bwd_gate[(_programs(dout, shape),)](
             dout, x, gate, weight, rstd, dx, dgate, partial,

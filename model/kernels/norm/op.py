@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # one program holds whole rows in registers
-MAX_TRITON_COLUMNS = 16_384
+MAX_TRITON_COLUMNS = 8192
 
 Form = Literal["auto", "torch"]
 
@@ -26,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: Form = "auto") -> T
         x: [.., C], bf16, fp16, fp32 or fp64.
         weight: [C], any of these.
         eps: added to the mean square.
-        form: `auto` takes Triton on CUDA, and torch on a CPU, for fp64, for C > 16,384 and under
+        form: `auto` takes Triton on CUDA, and torch on a CPU, for fp64, for C > 8,192 and under
             `torch.compile`.
 
     Returns: [.., C] in the dtype of x.
@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: Form = "auto") -> T
         ValueError: if shapes or devices do not fit.
 
     Example:
-        >>> rms_norm(torch.tensor([[3.0, -3.0]]), torch.tensor([1.0, 2.0]), 0.0)
+        >>> rms_norm(torch.tensor([[3.0, -3.0]]), torch.tensor([1.0, 2.0]), 0.0).round()
         tensor([[ 1., -2.]])
     """
     _check(weight, x=x)
@@ -92,7 +92,8 @@ def join_norm(
 
     Example:
         >>> two = torch.full((1, 2), 2.0)
-        >>> join_norm(two, two, torch.ones(2), 0.0, gain=(2.0, 1.0), postnorm=False)
+        >>> x, normed = join_norm(two, two, torch.ones(2), 0.0, gain=(2.0, 1.0), postnorm=False)
+        >>> x, normed.round()
         (tensor([[6., 6.]]), tensor([[1., 1.]]))
     """
     _check(weight, residual=residual, branch=branch)

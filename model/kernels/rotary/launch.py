@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels.rotary import kernel
 
-TILE_ELEMENTS = 4096
+# as measured on one H200
+TILE_ELEMENTS = 2048
 WARPS = 4
 
 

@@ -21,7 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from model.kernels.lightning import hopper, kernel, launch
 from model.kernels.norm import kernel as norm
-from model.kernels.norm.launch import choose_shape as norm_shape
+from model.kernels.norm.launch import backward_shape, forward_shape
 from model.kernels.qkv import kernel as qkv
 from model.kernels.qkv import launch as qkv_launch
 from model.kernels.rotary import kernel as rotary
@@ -29,6 +29,7 @@ from model.kernels.rotary import launch as rotary_launch
 
 FLOATS = {"p_slopes", "p_pieces_out", "p_init", "p_carry", "p_final", "p_states"}
 FLOATS |= {"p_rstd", "p_partial", "p_cos", "p_sin"}
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 NUMBERS = {"eps", "alpha", "beta"}
 TABLES = {"p_pieces", "p_carries", "p_chunks", "p_segments"}
 FLAGS = ("HAS_CARRY", "HAS_INIT", "HAS_FINAL")
@@ -112,20 +113,28 @@ def variants(arch: int):
         yield hopper.lightning_bwd_keys_values, constants, shape.warps, shape.stages, "bf16"
 
 
-def block_variants():
+def block_variants(arch: int):
     """As above, of the block around attention, with all that may be asked for."""
     flags = ("HAS_BRANCH", "HAS_CARRIED", "HAS_DRESIDUAL", "HAS_DBRANCH", "HAS_DW")
     for columns, padded, dtype in ((96, 128, "fp32"), (2048, 2048, "bf16"), (8192, 8192, "bf16")):
-        shape = norm_shape(columns, is_backward=False)
+        shape = forward_shape(columns)
         constants = {"C": columns, "BC": padded, "BT": shape.rows}
         keeps = {"HAS_BRANCH": True, "KEEPS_X": True}
         yield norm.norm_fwd_join, {**constants, **keeps}, shape.warps, 1, dtype
         yield norm.norm_fwd_gate, constants, shape.warps, 1, dtype
-        shape = norm_shape(columns, is_backward=True)
-        constants = {"C": columns, "BC": padded, "BT": shape.rows, "STAGES": shape.stages}
-        wanted = {**constants, **dict.fromkeys(flags, True), "POSTNORM": True}
-        yield norm.norm_bwd_join, wanted, shape.warps, 1, dtype
-        yield norm.norm_bwd_gate, {**constants, "HAS_DW": True}, shape.warps, 1, dtype
+        for is_gated in (False, True):
+            shape = backward_shape(
+                columns,
+                item_bytes=4 if dtype == "fp32" else 2,
+                shared_bytes=SHARED_BYTES[arch],
+                is_gated=is_gated,
+            )
+            constants = {"C": columns, "BC": padded, "BT": shape.rows, "STAGES": shape.stages}
+            if is_gated:
+                yield norm.norm_bwd_gate, {**constants, "HAS_DW": True}, shape.warps, 1, dtype
+            else:
+                wanted = {**constants, **dict.fromkeys(flags, True), "POSTNORM": True}
+                yield norm.norm_bwd_join, wanted, shape.warps, 1, dtype
     rows = qkv_launch.TILE_ELEMENTS // 128
     constants = {"H": 16, "D": 128, "BD": 128, "BR": rows}
     yield qkv.qkv_bwd_silu, constants, qkv_launch.WARPS, 1, "bf16"
@@ -137,7 +146,7 @@ def block_variants():
 
 
 def main(arch: int) -> None:
-    everything = itertools.chain(variants(arch), block_variants())
+    everything = itertools.chain(variants(arch), block_variants(arch))
     for function, constants, warps, stages, dtype in everything:
         name = function.fn.__name__
         size = constants.get("D", constants.get("DK", constants.get("C")))

@@ -52,7 +52,9 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _nan(x: Tensor) -> Tensor:
-    return x.fill_(float("nan")) if x.is_floating_point() else x
+    # torch's checkpoint makes an empty one that wants a gradient
+    is_value = x.is_floating_point() and x.numel() > 0
+    return x.fill_(float("nan")) if is_value else x
 
 
 Form = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -110,12 +112,13 @@ def check(form: Form, exact: Form, case: Case) -> None:
 
 
 def noise(*shape: int, dtype: torch.dtype, seed: int, is_strided: bool = False) -> Tensor:
-    """Random values; strided ones lie in rows that are 8 wider, behind the first 8."""
+    """Random values; strided ones lie in rows that are 16 wider, behind the first 16."""
     generator = torch.Generator().manual_seed(seed)
     if not is_strided:
         return torch.randn(*shape, generator=generator).to(dtype)
-    wide = torch.randn(*shape[:-1], shape[-1] + 8, generator=generator)
-    return wide.to(dtype)[..., 8:]
+    # 16 keeps what a kernel is compiled for: the matrix then compiles nothing twice
+    wide = torch.randn(*shape[:-1], shape[-1] + 16, generator=generator)
+    return wide.to(dtype)[..., 16:]
 
 
 def norm_case(total: int, columns: int, dtype: torch.dtype, *, is_strided: bool = False) -> Case:
@@ -194,7 +197,8 @@ FAST = [
     (65, 32, torch.float32, False),
     (63, 128, torch.bfloat16, True),
     (5, 2048, torch.float16, False),
-    (3, 2056, torch.float32, True),
+    (3, 2049, torch.float32, True),
+    (3, 6144, torch.bfloat16, False),
 ]
 
 
@@ -430,7 +434,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [32, 96, 128, 2048, 6144, 8192])
+@pytest.mark.parametrize("columns", [32, 96, 128, 2048, 8192])
 @pytest.mark.parametrize("total", LENGTHS)
 def test_the_whole_matrix_of_norms(total: int, columns: int, dtype: torch.dtype):
     room = launch("norm")
