@@ -219,6 +219,8 @@ def test_kernels_compile_ahead_of_time(target: int):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "lightning_step bf16 D=128" in done.stdout
+    assert "norm_bwd_gate bf16 D=8192" in done.stdout
+    assert "rotary_fwd_pair bf16 D=128" in done.stdout
     assert ("lightning_bwd_keys_values bf16 D=64" in done.stdout) == (target == 90)
 
 
