@@ -132,7 +132,6 @@ def times_ms(op: Op, form: str) -> tuple[float, float]:
     outputs = (found,) if isinstance(found, Tensor) else found
     # dense, as attention and linear layers give them back
     grads = [torch.randn(out.shape, device=DEVICE).to(out.dtype) for out in outputs]
-    # PreNorm's carried residual without a branch, and the norm alone, are one tensor in torch
     backward = median_ms(lambda: torch.autograd.grad(outputs, op.leaves, grads, retain_graph=True))
     return forward, backward
 
