@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import HybridConfig
 from model.kernels.experts.op import expert_layer
+from model.kernels.experts.router import route, router_logits
 
 
 class Router(nn.Module):
@@ -28,10 +28,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, C] -> [T, E] fp32 (fp64 stays)."""
-        # fp32, out of autocast: two experts a hair apart must not swap places by rounding
-        wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(wide), self.weight.to(wide))
+        return router_logits(x, self.weight)
 
 
 class Experts(nn.Module):
@@ -66,8 +63,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[T, C] -> output [T, C] and router logits [T, E] fp32."""
         logits = self.gate(x)
-        weights, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights, chosen = route(logits, self.top_k)
         if self.training and self.capacity_factor > 0:
             chosen = drop_over_capacity(chosen, logits.shape[-1], self.capacity_factor)
         return self.experts(x, chosen, weights), logits
@@ -85,9 +81,11 @@ def drop_over_capacity(chosen: Tensor, num_experts: int, factor: float) -> Tenso
         [0, 0, 2, 1]
     """
     capacity = math.ceil(factor * chosen.numel() / num_experts)
-    flat = chosen.flatten()
-    place = F.one_hot(flat, num_experts).cumsum(0).gather(1, flat[:, None])[:, 0]
-    return flat.masked_fill(place > capacity, num_experts).view_as(chosen)
+    in_order, order = chosen.flatten().sort(stable=True)
+    first = torch.searchsorted(in_order, torch.arange(num_experts + 1, device=chosen.device))
+    turn = torch.arange(len(order), device=chosen.device) - first[in_order]
+    kept = in_order.masked_fill(turn >= capacity, num_experts)
+    return torch.empty_like(kept).index_copy_(0, order, kept).view_as(chosen)
 
 
 def balance_loss(router_logits: Sequence[Tensor], top_k: int, scaling: str = "switch") -> Tensor:
@@ -105,9 +103,8 @@ def balance_loss(router_logits: Sequence[Tensor], top_k: int, scaling: str = "sw
     """
     loads, probabilities = [], []
     for logits in router_logits:
-        probability = logits.softmax(-1)
-        loads.append(_load(probability, top_k))
-        probabilities.append(probability.mean(0))
+        loads.append(_load(logits, top_k))
+        probabilities.append(logits.softmax(-1).mean(0))
     load, probability = torch.stack(loads), torch.stack(probabilities)
     experts = load.shape[-1]
     if scaling == "paper":
@@ -115,11 +112,13 @@ def balance_loss(router_logits: Sequence[Tensor], top_k: int, scaling: str = "sw
     return experts * (load.mean(0) * probability.mean(0)).sum()
 
 
-def _load(probability: Tensor, top_k: int) -> Tensor:
+@torch.no_grad()
+def _load(logits: Tensor, top_k: int) -> Tensor:
     """[T, E] -> [E]: share of tokens that chose each expert."""
-    chosen = probability.topk(top_k, dim=-1).indices.flatten()
-    counts = torch.bincount(chosen, minlength=probability.shape[-1])
-    return counts.to(probability.dtype) / probability.shape[0]
+    chosen = route(logits, top_k)[1].flatten()
+    # not bincount: on CUDA it waits for the device
+    experts = torch.arange(logits.shape[-1], device=logits.device)
+    return (chosen[:, None] == experts).sum(0).to(logits.dtype) / logits.shape[0]
 
 
 def router_z_loss(router_logits: Sequence[Tensor]) -> Tensor:
@@ -157,7 +156,7 @@ def router_load(
     router_logits: Sequence[Tensor], top_k: int, capacity_factor: float = 0.0
 ) -> RouterLoad:
     """Load metrics of one forward, from its router logits ([T, E] a layer)."""
-    share = torch.stack([_load(x.softmax(-1), top_k) / top_k for x in router_logits])
+    share = torch.stack([_load(x, top_k) / top_k for x in router_logits])
     experts = share.shape[-1]
     dropped = torch.zeros(())
     if capacity_factor > 0:

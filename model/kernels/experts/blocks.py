@@ -1,0 +1,142 @@
+"""The expert layer in torch matmuls, one an expert; on a CPU in pieces that stay in the core's cache.
+
+One autograd function holds all experts: backward needs [g | u] only, writes both halves of its
+gradient in place, and gets the gradient of p from that of silu(g) * u, so that no expert's output
+is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.kernels.linear.op import CACHED_ROWS, FEW_ROWS, is_faster_here, product, weight_grad
+
+
+def expert_layer_blocks(
+    x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
+    """Same numbers as `experts_reference`; arguments checked by `op.expert_layer`.
+
+    On CUDA it waits for the device to learn how many tokens each expert has.
+    """
+    num_experts = len(gate_up)
+    order = chosen.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen.flatten(), minlength=num_experts + 1).tolist()[:num_experts]
+    order = order[: sum(counts)]
+    scale = weights.flatten().index_select(0, order)[:, None].to(x.dtype)
+    return _Experts.apply(x, gate_up, down, scale, order // chosen.shape[1], counts)
+
+
+# oneDNN builds a new kernel for every number of rows it meets; so only multiples of this are asked
+_ROW_STEP = 64
+
+
+class _Piece(NamedTuple):
+    """Rows of one expert: they lie at `own` among all rows, and hold `token`, weighted by `scale`.
+
+    The last row may be repeated with a weight of 0, so that token is longer than own.
+    """
+
+    expert: int
+    own: slice
+    token: Tensor
+    scale: Tensor
+
+
+def _pieces(
+    x: Tensor, gate_up: Tensor, token: Tensor, scale: Tensor, counts: Sequence[int]
+) -> Iterator[_Piece]:
+    start = 0
+    for expert, count in enumerate(counts):
+        end = start + count
+        small = is_faster_here(x, gate_up[expert]) and count >= FEW_ROWS
+        size = CACHED_ROWS if small else max(count, 1)
+        for first in range(start, end, size):
+            own = slice(first, min(first + size, end))
+            rows, weight = token[own], scale[own]
+            if small and (extra := -rows.shape[0] % _ROW_STEP):
+                rows = torch.cat((rows, rows[-1:].expand(extra)))
+                weight = F.pad(weight, (0, 0, 0, extra))
+            yield _Piece(expert, own, rows, weight)
+        start = end
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        scale: Tensor,
+        token: Tensor,
+        counts: Sequence[int],
+    ) -> Tensor:
+        out, kept = torch.zeros_like(x), []
+        for piece in _pieces(x, gate_up, token, scale, counts):
+            inner = product(x.index_select(0, piece.token), gate_up[piece.expert])
+            gate, up = inner.chunk(2, dim=-1)
+            outer = product(F.silu(gate).mul_(up), down[piece.expert])
+            out.index_add_(0, piece.token, outer.mul_(piece.scale))
+            kept.append(inner)
+        ctx.save_for_backward(x, gate_up, down, scale, token, *kept)
+        ctx.counts = counts
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_up, down, scale, token, *kept = ctx.saved_tensors
+        needs_x, needs_gate_up, needs_down, needs_scale = ctx.needs_input_grad[:4]
+        to_x = torch.zeros_like(x) if needs_x else None
+        to_scale = torch.empty_like(scale) if needs_scale else None
+        to_gate_up: list[Tensor | None] = [None] * len(ctx.counts)
+        to_down: list[Tensor | None] = [None] * len(ctx.counts)
+        pieces = _pieces(x, gate_up, token, scale, ctx.counts)
+        for piece, inner in zip(pieces, kept, strict=True):
+            expert = piece.expert
+            own_grad = grad.index_select(0, piece.token)
+            gate, up = inner.chunk(2, dim=-1)
+            active = F.silu(gate)
+            joined = active * up
+            back = product(own_grad, down[expert].t())
+            if to_scale is not None:
+                found = torch.linalg.vecdot(back, joined)
+                to_scale[piece.own] = found[: piece.own.stop - piece.own.start, None]
+            if needs_down:
+                own_grad.mul_(piece.scale)
+                to_down[expert] = weight_grad(own_grad, joined, to_down[expert])
+            slope = _inner_grad(back.mul_(piece.scale), gate, up, active)
+            if needs_gate_up:
+                rows = x.index_select(0, piece.token)
+                to_gate_up[expert] = weight_grad(slope, rows, to_gate_up[expert])
+            if to_x is not None:
+                to_x.index_add_(0, piece.token, product(slope, gate_up[expert].t()))
+        return (
+            to_x,
+            _stack(to_gate_up, gate_up) if needs_gate_up else None,
+            _stack(to_down, down) if needs_down else None,
+            to_scale,
+            None,
+            None,
+        )
+
+
+def _inner_grad(back: Tensor, gate: Tensor, up: Tensor, active: Tensor) -> Tensor:
+    """Gradient of [g | u] from that of silu(g) * u, which it overwrites."""
+    slope = torch.empty(*back.shape[:-1], 2 * back.shape[-1], dtype=back.dtype, device=back.device)
+    to_gate, to_up = slope.chunk(2, dim=-1)
+    torch.mul(back, active, out=to_up)
+    torch.ops.aten.silu_backward.grad_input(back.mul_(up), gate, grad_input=to_gate)
+    return slope
+
+
+def _stack(grads: Sequence[Tensor | None], weights: Tensor) -> Tensor:
+    """One gradient an expert, zero where an expert had no row."""
+    return torch.stack([torch.zeros_like(weights[0]) if g is None else g for g in grads])
