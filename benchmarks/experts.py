@@ -1,6 +1,6 @@
 """The MoE block on one GPU, forward and backward, beside its six bare products and transformers'.
 
-Run: PYTHONPATH=. python benchmarks/experts.py [--part block|pieces|all]
+Run: python -m benchmarks.experts [--part block|pieces|all]
 
 "Block" is all of `model.moe.MoE`: router, routing, sort, spread, products, SwiGLU, combine, and the
 gradients of x, router and experts. "Products" are the six `torch._grouped_mm` of the same shapes
@@ -122,7 +122,7 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, K={TOP_K}, "
         f"device copy {bandwidth / 1e12:.2f} TB/s")  # fmt: skip
-    say("| E | C x F | tokens | block, ms | products, ms (TFLOP/s) | ratio | transformers, ms | x |")
+    say("| E | C x F | T | block, ms | products, ms (TFLOP/s) | ratio | transformers, ms | x |")
     for size in SIZES:
         moe, peer = build(*size)
         for tokens in TOKENS:

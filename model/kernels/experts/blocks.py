@@ -1,4 +1,4 @@
-"""The expert layer in torch matmuls, one an expert; on a CPU in pieces that stay in the core's cache.
+"""The expert layer in torch matmuls, one an expert; on a CPU in pieces that fit the core's cache.
 
 One autograd function holds all experts: backward needs [g | u] only, writes both halves of its
 gradient in place, and gets the gradient of p from that of silu(g) * u, so that no expert's output

@@ -68,17 +68,16 @@ def sort_places(chosen: Tensor, num_experts: int) -> Places:
     count, padded = chosen.numel(), _padded(num_experts)
     block = min(max(8192 // padded, 16), 256)
     num_blocks = triton.cdiv(count, block)
-    place = {"dtype": torch.int32, "device": chosen.device}
-    counts = torch.empty((num_experts, num_blocks), **place)
+    counts = chosen.new_empty((num_experts, num_blocks), dtype=torch.int32)
     kernel.experts_count[(num_blocks,)](
         chosen, counts, count, num_experts, num_blocks, BP=block, BE=padded
     )
     sums = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
-    position, back = torch.empty(count, **place), torch.empty(count, **place)
+    position, place = counts.new_empty(count), counts.new_empty(count)
     kernel.experts_place[(num_blocks,)](
-        chosen, counts, sums, position, back, count, num_experts, num_blocks, BP=block, BE=padded
+        chosen, counts, sums, position, place, count, num_experts, num_blocks, BP=block, BE=padded
     )
-    return Places(sums[:, -1].contiguous(), position, back)
+    return Places(sums[:, -1].contiguous(), position, place)
 
 
 def spread(x: Tensor, position: Tensor) -> Tensor:
@@ -109,27 +108,26 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _fits_torch(*operands: Tensor) -> bool:
-    """Whether `torch._grouped_mm` has a kernel that reads these.
+def _has_kernel(x: Tensor, ends: Tensor, *sizes: int) -> bool:
+    """Whether `torch._grouped_mm` multiplies matrices of these sizes by a kernel of its own.
 
     Elsewhere than on Hopper, and for other dtypes, it waits for the device, or errs for an expert
-    without a token; rows and addresses must lie on 16 bytes.
+    without a token. Rows and addresses must lie on 16 bytes.
     """
-    return all(
+    return (
         x.dtype == torch.bfloat16
         and _is_hopper(x.device)
-        and x.shape[-1] % 8 == 0
-        and x.shape[-2] % 8 == 0
         and x.data_ptr() % 16 == 0
-        for x in operands
+        and len(ends) < 1024
+        and all(size % 8 == 0 for size in sizes)
     )
 
 
 def product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """[rows, in] x [E, out, in] -> [rows, out], each row times its expert's matrix."""
-    if rows.shape[1] % 8 == 0 and _fits_torch(weight):
-        return torch._grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     num_experts, size_out, size_in = weight.shape
+    if _has_kernel(weight, ends, size_out, size_in):
+        return torch._grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     out = torch.empty((rows.shape[0], size_out), dtype=rows.dtype, device=rows.device)
     tile = choose_tile(rows.dtype)
     # every expert may leave one tile part empty
@@ -145,9 +143,8 @@ def product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def weight_grad(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
     """grad^T rows of each expert: [rows, out], [rows, in] -> [E, out, in], 0 without a row."""
     size_out, size_in = grad.shape[1], rows.shape[1]
-    if size_out % 8 == 0 and size_in % 8 == 0 and grad.dtype == torch.bfloat16:
-        if _is_hopper(grad.device):
-            return torch._grouped_mm(grad.t(), rows, offs=ends)
+    if _has_kernel(grad, ends, size_out, size_in):
+        return torch._grouped_mm(grad.t(), rows, offs=ends)
     out = torch.empty((len(ends), size_out, size_in), dtype=grad.dtype, device=grad.device)
     tile = choose_tile(grad.dtype)
     grid = triton.cdiv(size_in, tile.columns), triton.cdiv(size_out, tile.rows), len(ends)
@@ -237,7 +234,7 @@ class _Route(torch.autograd.Function):
         tokens, num_experts = logits.shape
         weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
         chosen = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
-        block, padded = _route_block(num_experts)
+        block, padded = route_block(num_experts)
         kernel.experts_fwd_route[(triton.cdiv(tokens, block),)](
             logits, weights, chosen, tokens, num_experts, logits.stride(0),
             K=top_k, BT=block, BE=padded, BK=triton.next_power_of_2(top_k),
@@ -252,7 +249,7 @@ class _Route(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         weights, chosen = ctx.saved_tensors
         tokens, top_k = weights.shape
-        block, padded = _route_block(ctx.num_experts)
+        block, padded = route_block(ctx.num_experts)
         out = torch.empty((tokens, ctx.num_experts), dtype=torch.float32, device=grad.device)
         kernel.experts_bwd_route[(triton.cdiv(tokens, block),)](
             weights, chosen, grad.contiguous(), out, tokens, ctx.num_experts,
@@ -261,7 +258,7 @@ class _Route(torch.autograd.Function):
         return out, None
 
 
-def _route_block(num_experts: int) -> tuple[int, int]:
+def route_block(num_experts: int) -> tuple[int, int]:
     """Tokens and experts that one program holds."""
     padded = _padded(num_experts)
     return min(max(1024 // padded, 1), 64), padded

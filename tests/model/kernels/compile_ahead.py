@@ -1,6 +1,6 @@
-"""Compiles the kernels of lightning attention and of the block for one GPU, without a GPU.
+"""Compiles every kernel for one GPU architecture, without a GPU.
 
-Run: python tests/model/kernels/compile_ahead.py 90
+Run: python tests/model/kernels/compile_ahead.py 90 [lightning block experts]
 Prints a line a kernel: registers are the compiler's, bytes of local memory are spills.
 """
 
@@ -11,7 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -19,6 +21,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from model.kernels.experts import kernel as experts_kernel
+from model.kernels.experts import launch as experts_launch
 from model.kernels.lightning import hopper, kernel, launch
 from model.kernels.norm import kernel as norm
 from model.kernels.norm.launch import backward_shape, forward_shape
@@ -27,15 +31,43 @@ from model.kernels.qkv import launch as qkv_launch
 from model.kernels.rotary import kernel as rotary
 from model.kernels.rotary import launch as rotary_launch
 
-FLOATS = {"p_slopes", "p_pieces_out", "p_init", "p_carry", "p_final", "p_states"}
-FLOATS |= {"p_rstd", "p_partial", "p_cos", "p_sin"}
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 NUMBERS = {"eps", "alpha", "beta"}
-TABLES = {"p_pieces", "p_carries", "p_chunks", "p_segments"}
 FLAGS = ("HAS_CARRY", "HAS_INIT", "HAS_FINAL")
+# taken as multiples of 16, as in any model
+SIZES = ("C", "F", "N_OUT", "N_IN")
 
 
-def compile_one(function, constants: dict, arch: int, warps: int, stages: int, dtype: str) -> str:
+class Variant(NamedTuple):
+    """One kernel as its `launch` would start it, in the order of `compile_one`."""
+
+    function: Any
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    dtype: str
+
+
+def pointers(**names: str) -> dict[str, str]:
+    """type="a b" -> {"p_a": "*type", ..}: pointers to something else than the tensors' dtype."""
+    return {f"p_{name}": f"*{kind}" for kind, given in names.items() for name in given.split()}
+
+
+POINTERS = {
+    "lightning": pointers(
+        fp32="slopes pieces_out init carry final states", i32="pieces carries chunks segments",
+        i64="index",
+    ),
+    "block": pointers(fp32="rstd partial cos sin"),
+    "experts": pointers(
+        fp32="logits weights dweights dlogits", i32="counts sums position place ends",
+        i64="chosen",
+    ),
+}  # fmt: skip
+
+
+def compile_one(variant: Variant, arch: int, types: dict[str, str]) -> str:
+    function, constants, warps, stages, dtype = variant
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
         if name in constants:
@@ -44,19 +76,17 @@ def compile_one(function, constants: dict, arch: int, warps: int, stages: int, d
             block = [constants["BT"], constants["D"]]
             layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
             signature[name] = f"tensordesc<{dtype}{block},{layout!r}>".replace("<bf16[", "<bf16[")
-        elif name in FLOATS or (name == "p_out" and "p_pieces" in function.arg_names):
+        elif name == "p_out" and "p_pieces" in function.arg_names:
             signature[name] = "*fp32"
         elif name in NUMBERS:
             signature[name] = "fp32"
-        elif name in TABLES:
-            signature[name] = "*i32"
-        elif name == "p_index":
-            signature[name] = "*i64"
+        elif name in types:
+            signature[name] = types[name]
         elif name.startswith("p_"):
             signature[name] = f"*{dtype}"
         else:
             signature[name] = "i32"
-        if signature[name] != "constexpr" and name.startswith(("p_", "s_")):
+        if signature[name] != "constexpr" and (name.startswith(("p_", "s_")) or name in SIZES):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = GluonASTSource if "num_warps" in function.arg_names else ASTSource
     binary = triton.compile(
@@ -79,8 +109,7 @@ def resources(cubin: bytes) -> str:
     return f"registers {found[1]} local {found[2]}"
 
 
-def variants(arch: int):
-    """(kernel, constants, warps, stages, dtype) of what `launch` would start."""
+def lightning(arch: int) -> Iterator[tuple]:
     for dtype, size in (("bf16", 128), ("bf16", 32), ("fp32", 128), ("bf16", 256)):
         wide = dtype == "fp32"
         torch_dtype = launch.torch.float32 if wide else launch.torch.bfloat16
@@ -113,8 +142,8 @@ def variants(arch: int):
         yield hopper.lightning_bwd_keys_values, constants, shape.warps, shape.stages, "bf16"
 
 
-def block_variants(arch: int):
-    """As above, of the block around attention, with all that may be asked for."""
+def block(arch: int) -> Iterator[tuple]:
+    """With all that may be asked for."""
     flags = ("HAS_BRANCH", "HAS_CARRIED", "HAS_DRESIDUAL", "HAS_DBRANCH", "HAS_DW")
     for columns, padded, dtype in ((96, 128, "fp32"), (2048, 2048, "bf16"), (8192, 8192, "bf16")):
         shape = forward_shape(columns)
@@ -145,15 +174,42 @@ def block_variants(arch: int):
     yield rotary.rotary_fwd_pair, constants, rotary_launch.WARPS, 1, "bf16"
 
 
-def main(arch: int) -> None:
-    everything = itertools.chain(variants(arch), block_variants(arch))
-    for function, constants, warps, stages, dtype in everything:
-        name = function.fn.__name__
-        size = constants.get("D", constants.get("DK", constants.get("C")))
-        found = compile_one(function, constants, arch, warps, stages, dtype)
-        sys.stdout.write(f"{name} {dtype} D={size}: {found}\n")
-        sys.stdout.flush()
+def experts(arch: int) -> Iterator[tuple]:
+    sort, block = {"BP": 256, "BE": 32}, {"K": 2, "BC": 2048}
+    yield experts_kernel.experts_count, sort, 4, 3, "bf16"
+    yield experts_kernel.experts_place, sort, 4, 3, "bf16"
+    for experts in (8, 32):
+        tokens, padded = experts_launch.route_block(experts)
+        route = {"K": 2, "BT": tokens, "BE": padded}
+        yield experts_kernel.experts_fwd_route, {**route, "BK": 2}, 4, 3, "fp32"
+        yield experts_kernel.experts_bwd_route, route, 4, 3, "fp32"
+    for dtype in ("bf16", "fp32"):
+        yield experts_kernel.experts_spread, block, 4, 3, dtype
+        for weighted in (False, True):
+            yield experts_kernel.experts_combine, {**block, "HAS_WEIGHTS": weighted}, 4, 3, dtype
+        yield experts_kernel.experts_fwd_swiglu, {"BF": 2048}, 4, 3, dtype
+        yield experts_kernel.experts_bwd_swiglu, {"BF": 2048}, 4, 3, dtype
+        wide = dtype == "fp32"
+        tile = experts_launch.choose_tile(launch.torch.float32 if wide else launch.torch.bfloat16)
+        shape = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PRECISION": "ieee"}
+        for dense in ("s_w_in", "s_w_out"):
+            product = {**shape, "BE": 32, "GROUP": 8, dense: 1}
+            yield experts_kernel.experts_product, product, tile.warps, tile.stages, dtype
+        yield experts_kernel.experts_weight_grad, shape, tile.warps, tile.stages, dtype
+
+
+OPS = {"lightning": lightning, "block": block, "experts": experts}
+
+
+def main(arch: int, *names: str) -> None:
+    for op in names or OPS:
+        for variant in itertools.starmap(Variant, OPS[op](arch)):
+            constants = variant.constants
+            size = next((f"D={constants[d]}" for d in ("D", "DK", "C") if d in constants), constants)
+            found = compile_one(variant, arch, POINTERS[op])
+            sys.stdout.write(f"{variant.function.fn.__name__} {variant.dtype} {size}: {found}\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from model.kernels.experts.op import expert_layer
 from model.kernels.experts.reference import experts_reference
+from model.kernels.experts.router import route, router_logits
 from tests.helpers import assert_close
 
 
@@ -69,3 +70,51 @@ def test_shapes_that_do_not_fit_are_refused():
     (x, gate_up, down, weights), chosen = inputs(3, 4, 2)
     with pytest.raises(ValueError, match=r"expected \[T, C\], \[E, 2F, C\], \[E, C, F\]"):
         expert_layer(x, gate_up, down[:, :, :3], chosen, weights)
+
+
+def test_arguments_that_do_not_fit_are_refused_by_name():
+    (x, gate_up, down, weights), chosen = inputs(3, 4, 2)
+    with pytest.raises(ValueError, match=r"weights \(3, 1\): expected both \[T, K\] with T = 3"):
+        expert_layer(x, gate_up, down, chosen, weights[:, :1])
+    with pytest.raises(ValueError, match=r"chosen \(2, 2\), .*with T = 3"):
+        expert_layer(x, gate_up, down, chosen[:2], weights[:2])
+    with pytest.raises(ValueError, match=r"chosen torch\.int32, .*expected torch\.int64"):
+        expert_layer(x, gate_up, down, chosen.int(), weights)
+    with pytest.raises(ValueError, match=r"down torch\.float64: expected one dtype"):
+        expert_layer(x, gate_up, down.double(), chosen, weights)
+    with pytest.raises(ValueError, match="weights on meta: expected one device"):
+        expert_layer(x, gate_up, down, chosen, weights.to("meta"))
+
+
+def test_no_token_gives_no_row_and_zero_gradients():
+    (x, gate_up, down, weights), chosen = inputs(3, 4, 2)
+    found = run("op", [x[:0], gate_up, down, weights[:0]], chosen[:0])
+    assert found["output"].shape == (0, 12)
+    assert float(found["gradient of gate_up"].abs().max()) == 0.0
+
+
+def test_autocast_takes_weights_of_another_dtype():
+    (x, gate_up, down, weights), chosen = inputs(9, 4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = expert_layer(x, gate_up, down.double(), chosen, weights)
+    assert out.dtype == torch.float32
+    assert_close("output", out, expert_layer(x, gate_up, down, chosen, weights), 2e-2)
+
+
+def test_route_is_the_softmax_over_all_renormalised_over_the_chosen():
+    logits = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights, chosen = route(logits, 3)
+    expected, order = logits.softmax(-1).topk(3, dim=-1)
+    assert torch.equal(chosen, order)
+    assert_close("weights", weights, expected / expected.sum(-1, keepdim=True), 1e-14)
+
+
+def test_router_refuses_what_does_not_fit():
+    x, weight = torch.zeros(3, 4), torch.zeros(2, 4)
+    with pytest.raises(ValueError, match=r"weight \(2, 3\): expected \[T, C\] and \[E, C\]"):
+        router_logits(x, weight[:, :3])
+    with pytest.raises(ValueError, match="weight is on meta, x on cpu"):
+        router_logits(x, weight.to("meta"))
+    for top_k in (0, 3):
+        with pytest.raises(ValueError, match=rf"top_k = {top_k}, .*1 <= top_k <= E"):
+            route(torch.zeros(3, 2), top_k)

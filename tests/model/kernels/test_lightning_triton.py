@@ -213,7 +213,7 @@ def test_kernels_compile_ahead_of_time(target: int):
     pytest.importorskip("triton")
     # a process of its own: the interpreter, once chosen, stays for the process
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "tests/model/kernels/compile_ahead.py", str(target)]
+    command = [sys.executable, "tests/model/kernels/compile_ahead.py", str(target), "lightning"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
