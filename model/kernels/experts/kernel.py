@@ -190,6 +190,23 @@ def _locate(p_ends, i_m, E, BM: tl.constexpr, BE: tl.constexpr):
 
 
 @triton.jit
+def _tile(
+    p_ends, num_tiles, E, N_OUT,
+    BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """This program's tile: as `_locate`, and its first column.
+
+    Neighbours in time share columns of the weight, GROUP tiles of rows at once.
+    """
+    i_p = tl.program_id(0)
+    span = GROUP * tl.cdiv(N_OUT, BN)
+    first = i_p // span * GROUP
+    height = tl.minimum(num_tiles - first, GROUP)
+    expert, row, end = _locate(p_ends, first + i_p % span % height, E, BM, BE)
+    return expert, row, end, i_p % span // height * BN
+
+
+@triton.jit
 def experts_product(
     p_rows, p_w, p_ends, p_out,
     num_tiles, E, N_OUT, N_IN,
@@ -198,15 +215,9 @@ def experts_product(
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows times their expert's matrix: [rows, in] x [E, out, in] -> [rows, out], any strides."""
-    i_p = tl.program_id(0)
-    # neighbours in time share columns of the weight, GROUP tiles of rows at once
-    span = GROUP * tl.cdiv(N_OUT, BN)
-    first = i_p // span * GROUP
-    height = tl.minimum(num_tiles - first, GROUP)
-    expert, row, end = _locate(p_ends, first + i_p % span % height, E, BM, BE)
+    expert, row, end, column = _tile(p_ends, num_tiles, E, N_OUT, BM, BN, BE, GROUP)
     if row < end:
-        b_m = row + tl.arange(0, BM)
-        b_n = i_p % span // height * BN + tl.arange(0, BN)
+        b_m, b_n = row + tl.arange(0, BM), column + tl.arange(0, BN)
         m_m, m_n = b_m < end, b_n < N_OUT
         p_a = p_rows + b_m.to(tl.int64)[:, None] * N_IN
         p_b = p_w + expert.to(tl.int64) * s_w_e + b_n.to(tl.int64)[None, :] * s_w_out
@@ -220,6 +231,27 @@ def experts_product(
             acc = tl.dot(b_a, b_b, acc, input_precision=PRECISION)
         p_o = p_out + b_m.to(tl.int64)[:, None] * N_OUT + b_n[None, :]
         tl.store(p_o, acc.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit
+def experts_bwd_product(
+    d_rows, d_w, p_ends, p_out,
+    num_tiles, E, N_OUT, N_IN,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """[rows, in] x [E, in, out] -> [rows, out] by bulk copies; BK divides `in`."""
+    expert, row, end, column = _tile(p_ends, num_tiles, E, N_OUT, BM, BN, BE, GROUP)
+    if row < end:
+        acc = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, N_IN, BK):
+            # rows and columns of a neighbour, where the expert's end, are not stored
+            b_a = d_rows.load([row, start])
+            acc = tl.dot(b_a, d_w.load([expert * N_IN + start, column]), acc)
+        b_m, b_n = row + tl.arange(0, BM), column + tl.arange(0, BN)
+        p_o = p_out + b_m.to(tl.int64)[:, None] * N_OUT + b_n[None, :]
+        m_o = (b_m < end)[:, None] & (b_n < N_OUT)[None, :]
+        tl.store(p_o, acc.to(p_out.dtype.element_ty), mask=m_o)
 
 
 @triton.jit

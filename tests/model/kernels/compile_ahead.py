@@ -36,6 +36,8 @@ NUMBERS = {"eps", "alpha", "beta"}
 FLAGS = ("HAS_CARRY", "HAS_INIT", "HAS_FINAL")
 # taken as multiples of 16, as in any model
 SIZES = ("C", "F", "N_OUT", "N_IN")
+# of Triton's own descriptors; Gluon's take a layout too
+BLOCKS = {"d_rows": ("BM", "BK"), "d_w": ("BK", "BN")}
 
 
 class Variant(NamedTuple):
@@ -72,6 +74,9 @@ def compile_one(variant: Variant, arch: int, types: dict[str, str]) -> str:
     for index, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name in BLOCKS:
+            block = [constants[size] for size in BLOCKS[name]]
+            signature[name] = f"tensordesc<{dtype}{block}>".replace(" ", "")
         elif name.startswith("d_"):
             block = [constants["BT"], constants["D"]]
             layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
@@ -178,17 +183,16 @@ def experts(arch: int) -> Iterator[tuple]:
     sort, block = {"BP": 256, "BE": 32}, {"K": 2, "BC": 2048}
     yield experts_kernel.experts_count, sort, 4, 3, "bf16"
     yield experts_kernel.experts_place, sort, 4, 3, "bf16"
-    for experts in (8, 32):
-        tokens, padded = experts_launch.route_block(experts)
-        route = {"K": 2, "BT": tokens, "BE": padded}
-        yield experts_kernel.experts_fwd_route, {**route, "BK": 2}, 4, 3, "fp32"
-        yield experts_kernel.experts_bwd_route, route, 4, 3, "fp32"
+    tokens, padded = experts_launch.route_block(32)
+    route = {"K": 2, "BT": tokens, "BE": padded}
+    yield experts_kernel.experts_fwd_route, {**route, "BK": 2}, 4, 3, "fp32"
+    yield experts_kernel.experts_bwd_route, route, 4, 3, "fp32"
+    yield experts_kernel.experts_spread, block, 4, 3, "bf16"
+    for weighted in (False, True):
+        yield experts_kernel.experts_combine, {**block, "HAS_WEIGHTS": weighted}, 4, 3, "bf16"
+    yield experts_kernel.experts_fwd_swiglu, {"BF": 2048}, 4, 3, "bf16"
+    yield experts_kernel.experts_bwd_swiglu, {"BF": 2048}, 4, 3, "bf16"
     for dtype in ("bf16", "fp32"):
-        yield experts_kernel.experts_spread, block, 4, 3, dtype
-        for weighted in (False, True):
-            yield experts_kernel.experts_combine, {**block, "HAS_WEIGHTS": weighted}, 4, 3, dtype
-        yield experts_kernel.experts_fwd_swiglu, {"BF": 2048}, 4, 3, dtype
-        yield experts_kernel.experts_bwd_swiglu, {"BF": 2048}, 4, 3, dtype
         wide = dtype == "fp32"
         tile = experts_launch.choose_tile(launch.torch.float32 if wide else launch.torch.bfloat16)
         shape = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PRECISION": "ieee"}
@@ -196,6 +200,10 @@ def experts(arch: int) -> Iterator[tuple]:
             product = {**shape, "BE": 32, "GROUP": 8, dense: 1}
             yield experts_kernel.experts_product, product, tile.warps, tile.stages, dtype
         yield experts_kernel.experts_weight_grad, shape, tile.warps, tile.stages, dtype
+    if arch == 90:
+        tile = experts_launch.COPY_TILE
+        shape = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BE": 32, "GROUP": 8}
+        yield experts_kernel.experts_bwd_product, shape, tile.warps, tile.stages, "bf16"
 
 
 OPS = {"lightning": lightning, "block": block, "experts": experts}
