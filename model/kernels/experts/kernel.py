@@ -3,14 +3,14 @@
 Places are the T * K pairs (token, k-th choice), flat index t * K + k. Rows are the places sorted by
 expert, so that each expert's lie together: `ends` [E] says where they end, `position` gives a
 place's row (-1: dropped), `place` a row's place. Only the device knows how many rows there are;
-what lies after the last is never read.
+what lies after the last is never read. No kernel is compiled anew for another number of tokens.
 """
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "E"])
 def experts_fwd_route(
     p_logits, p_weights, p_chosen,
     T, E, s_logits,
@@ -39,7 +39,7 @@ def experts_fwd_route(
     tl.store(p_weights + b_t[:, None] * K + b_k[None, :], b_w, mask=m_w)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "E"])
 def experts_bwd_route(
     p_weights, p_chosen, p_dweights, p_dlogits,
     T, E,
@@ -63,7 +63,7 @@ def experts_bwd_route(
     tl.store(p_dlogits + b_t[:, None] * E + b_e[None, :], b_dl, mask=m_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "E", "N"])
 def experts_count(p_chosen, p_counts, P, E, N, BP: tl.constexpr, BE: tl.constexpr):
     """[E, N]: how many of each block's places chose each expert."""
     i_b = tl.program_id(0)
@@ -74,7 +74,7 @@ def experts_count(p_chosen, p_counts, P, E, N, BP: tl.constexpr, BE: tl.constexp
     tl.store(p_counts + b_e.to(tl.int64) * N + i_b, tl.sum(b_is, axis=0), mask=b_e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "E", "N"])
 def experts_place(
     p_chosen, p_counts, p_sums, p_position, p_place,
     P, E, N,
@@ -129,7 +129,7 @@ def experts_combine(
     tl.store(p_out + i_t * C + b_c, acc.to(p_out.dtype.element_ty), mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])
 def experts_fwd_swiglu(p_inner, p_joined, p_ends, F, E, BF: tl.constexpr):
     """silu(g) * u of one row's columns."""
     i_r = tl.program_id(0).to(tl.int64)
@@ -142,7 +142,7 @@ def experts_fwd_swiglu(p_inner, p_joined, p_ends, F, E, BF: tl.constexpr):
         tl.store(p_joined + i_r * F + b_f, b_joined.to(p_joined.dtype.element_ty), mask=m_f)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])
 def experts_bwd_swiglu(
     p_inner, p_back, p_weights, p_place, p_ends, p_dinner, p_dweights,
     F, E,
@@ -206,7 +206,7 @@ def _tile(
     return expert, row, end, i_p % span // height * BN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "E"])
 def experts_product(
     p_rows, p_w, p_ends, p_out,
     num_tiles, E, N_OUT, N_IN,
@@ -233,7 +233,7 @@ def experts_product(
         tl.store(p_o, acc.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "E"])
 def experts_bwd_product(
     d_rows, d_w, p_ends, p_out,
     num_tiles, E, N_OUT, N_IN,

@@ -24,7 +24,7 @@ def expert_layer(
     Args:
         x: [T, C]; gate_up: [E, 2F, C], gate first; down: [E, C, F]; of one dtype, any under
             autocast.
-        chosen: [T, K] int64 in 0..E, E where the place is dropped; an expert at most once a token.
+        chosen: [T, K] int64 in 0..E, E where the place is dropped.
         weights: [T, K] in any float dtype; those of dropped places get no gradient.
 
     Returns: [T, C] in the dtype of x; on CUDA the same from run to run, gradients too.
