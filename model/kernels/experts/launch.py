@@ -53,9 +53,9 @@ def choose_tile(dtype: torch.dtype) -> Tile:
 
 
 COPY_TILE = Tile(128, 256, 64, 8, 4)
-# Where the weight lies [E, in, out], as in the backward, `product_by_copies` is up to 7 % faster than
-# `torch._grouped_mm`, but not below this depth, where the ends of its tiles weigh more; not measured
-# for fewer rows an expert than these.
+# Where the weight lies [E, in, out], as in the backward, `product_by_copies` is up to 7 % faster
+# than `torch._grouped_mm`, but not below this depth, where the ends of its tiles weigh more; not
+# measured for fewer rows an expert than these.
 MIN_COPY_DEPTH = 4096
 MIN_COPY_ROWS = 512
 # tiles of rows that run at once over the same columns of a weight

@@ -171,6 +171,15 @@ def test_product_by_copies(launch: ModuleType, dtype: torch.dtype, monkeypatch: 
     assert_close("output", out[:141].cpu(), exact, BOUND[dtype])
 
 
+@pytest.mark.skipif(CUDA, reason="the matrix below runs the same where it is the product's own")
+def test_layer_by_the_products_of_hopper(launch: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "_has_kernel", lambda *_: True)
+    monkeypatch.setattr(launch, "COPY_TILE", launch.Tile(16, 32, 16, 4, 1))
+    monkeypatch.setattr(launch, "MIN_COPY_DEPTH", 32)
+    monkeypatch.setattr(launch, "MIN_COPY_ROWS", 1)
+    check(launch, Case(40, 4, 2, torch.float32, size=32, inner=48, loads="dropped"))
+
+
 def test_every_place_dropped_gives_zeros(launch: ModuleType):
     case = Case(5, 3, 2, torch.float32)
     case.chosen.fill_(3)
