@@ -213,7 +213,9 @@ def main(arch: int, *names: str) -> None:
     for op in names or OPS:
         for variant in itertools.starmap(Variant, OPS[op](arch)):
             constants = variant.constants
-            size = next((f"D={constants[d]}" for d in ("D", "DK", "C") if d in constants), constants)
+            size = next(
+                (f"D={constants[d]}" for d in ("D", "DK", "C") if d in constants), constants
+            )
             found = compile_one(variant, arch, POINTERS[op])
             sys.stdout.write(f"{variant.function.fn.__name__} {variant.dtype} {size}: {found}\n")
             sys.stdout.flush()

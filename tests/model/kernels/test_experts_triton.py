@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -270,19 +267,6 @@ def test_selective_checkpointing_sees_the_products(
     assert seen
     for name, value in case.run(launch.expert_layer_triton, DEVICE, wide=False).items():
         assert torch.equal(found[name], value), name
-
-
-@pytest.mark.parametrize("target", [80, 90])
-def test_kernels_compile_ahead_of_time(target: int):
-    pytest.importorskip("triton")
-    # a process of its own: the interpreter, once chosen, stays for the process
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "tests/model/kernels/compile_ahead.py", str(target), "experts"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "experts_weight_grad fp32" in done.stdout
 
 
 # few shapes, because each is compiled for itself

@@ -8,9 +8,6 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -206,22 +203,6 @@ def test_arguments_that_do_not_fit_are_refused():
         op.lightning_step(q, q, q, slopes, states[:, :2], index)
     with pytest.raises(ValueError, match="states on meta, index on cpu, q on cpu"):
         op.lightning_step(q, q, q, slopes, states.to("meta"), index)
-
-
-@pytest.mark.parametrize("target", [80, 90])
-def test_kernels_compile_ahead_of_time(target: int):
-    pytest.importorskip("triton")
-    # a process of its own: the interpreter, once chosen, stays for the process
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "tests/model/kernels/compile_ahead.py", str(target), "lightning"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "lightning_step bf16 D=128" in done.stdout
-    assert "norm_bwd_gate bf16 D=8192" in done.stdout
-    assert "rotary_fwd_pair bf16 D=128" in done.stdout
-    assert ("lightning_bwd_keys_values bf16 D=64" in done.stdout) == (target == 90)
 
 
 @pytest.mark.gpu
