@@ -1,7 +1,7 @@
 """Device code of `launch.py`: a product of hidden and weight whose tile never leaves the chip.
 
-Logits are in units of log 2 here: z = hidden W^T * scale with scale = log2(e) / temperature, so that
-exp2 is the only exponential. A tile's sums are taken against the tile's own maximum.
+Logits are in units of log 2 here: z = hidden W^T * scale with scale = log2(e) / temperature, so
+that exp2 is the only exponential. A tile's sums are taken against the tile's own maximum.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def logprob_fwd_merge(
         b_here = tl.load(p_slack + o_in, mask=m_in, other=0.0)
         b_slack += tl.sum(b_weight * (b_here + b_under * b_part), 0)
     LN2: tl.constexpr = 0.6931471805599453
+    b_sum = tl.where(m_m, b_sum, 1.0)
     b_log = tl.log2(b_sum)
     b_picked = tl.load(p_picked + b_m, mask=m_m, other=0.0)
     tl.store(p_normaliser + b_m, b_max + b_log, mask=m_m)

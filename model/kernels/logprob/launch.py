@@ -1,10 +1,10 @@
 """Launches the fused head: forward without logits in memory, backward with one piece of slopes.
 
 Forward is one product whose tiles end in three sums a token. Backward computes the tiles again,
-writes the slopes dL/dz of a piece in the dtype of the weight, and multiplies them twice by cuBLAS. A
-piece is a range of the vocabulary when T <= V, so that a piece's weight gradient is done at once
-and only the hidden gradient is summed over pieces (fp32 [T, C]); else a range of tokens, and
-the weight gradient is summed (fp32 [V, C]).
+writes the slopes dL/dz of a piece in the dtype of the weight, and multiplies them twice by cuBLAS.
+A piece is a range of the vocabulary when T <= V, so that a piece's weight gradient is done at once
+and only the hidden gradient is summed over pieces (fp32 [T, C]); else a range of tokens, and the
+weight gradient is summed (fp32 [V, C]).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from model.kernels.logprob import kernel
 # tile of tokens by vocabulary, 8 warps: as measured on one H200
 TILE = {"BM": 256, "BN": 128, "BK": 64, "GROUP": 8}
 LAUNCH = {"num_warps": 8, "num_stages": 4}
+# tile of tokens by partial sums
+MERGE = {"BM": 128, "BN": 16}
 # slopes that exist at once
 PIECE_BYTES = 2**29
 
@@ -66,9 +68,9 @@ class _TokenLogprobs(torch.autograd.Function):
             total, vocabulary, width, math.log2(math.e) / temperature, **TILE, **LAUNCH,
         )  # fmt: skip
         logprobs, entropy, normaliser = picked.new_empty(3, total).unbind(0)
-        kernel.logprob_fwd_merge[(triton.cdiv(total, 128),)](
+        kernel.logprob_fwd_merge[(triton.cdiv(total, MERGE["BM"]),)](
             tiles[0], tiles[1], tiles[2], picked, logprobs, entropy, normaliser,
-            total, num_n, BM=128, BN=16, num_warps=4,
+            total, num_n, **MERGE, num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(hidden, weight, targets, normaliser)
         ctx.temperature = temperature

@@ -7,15 +7,17 @@ Backward computes each piece of logits again: dz = (1[v = target] - p_v) * grad.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.kernels.linear.op import linear, product, weight_grad
+from model.kernels.linear.op import FEW_ROWS, linear, product, weight_grad
 
-# Tokens whose logits exist at once; 2048 x 200,064 fp32 is 1.6 GB.
-_PIECE = 2048
+# fp32 logits that exist at once; on a CPU of no more tokens than share a pass over the weight well
+PIECE_BYTES = 2**28
+CPU_PIECE_TOKENS = 2048
 
 
 def token_logprobs(
@@ -29,8 +31,9 @@ def token_logprobs(
     """Natural log-probability of each target and the entropy of each distribution.
 
     Args:
-        hidden: [T, C]; weight: [V, C], the LM head.
-        targets: [T] int64.
+        hidden: [T, C]; weight: [V, C], the LM head, in whose dtype they are multiplied; on CUDA
+            sums of 16-bit products stay fp32, on a CPU logits are rounded to the dtype.
+        targets: [T] int64, 0 <= target < V; on CUDA another one gives NaN.
         temperature: > 0, divides the logits.
         head_fp32: multiply in fp32 whatever the dtypes.
 
@@ -38,20 +41,52 @@ def token_logprobs(
         gradient; both fp32 (fp64 stays).
 
     Raises:
-        ValueError: if shapes do not fit or the temperature is not positive.
+        ValueError: if shapes, dtypes or devices do not fit or the temperature is not positive.
 
     Example:
         >>> token_logprobs(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([3]))[0].exp().item()
         0.25
     """
-    if targets.shape != hidden.shape[:1] or hidden.shape[1] != weight.shape[1]:
+    _check(hidden, weight, targets, temperature)
+    if not head_fp32 and _runs_fused(weight):
+        # not at the top: torch for CPU comes without triton
+        from model.kernels.logprob import launch
+
+        hidden = hidden.to(weight.dtype)
+        if launch.can_copy(hidden) and launch.can_copy(weight):
+            return launch.token_logprobs_triton(hidden, weight, targets, temperature)
+    return _TokenLogprobs.apply(hidden, weight, targets, temperature, head_fp32)
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:
+    if (
+        not hidden.ndim == weight.ndim == 2
+        or targets.shape != hidden.shape[:1]
+        or hidden.shape[1] != weight.shape[1]
+    ):
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets "
             f"{tuple(targets.shape)}: expected [T, C], [V, C], [T]"
         )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets {targets.dtype}, expected torch.int64")
+    if not hidden.device == weight.device == targets.device:
+        raise ValueError(
+            f"hidden on {hidden.device}, weight on {weight.device}, targets on {targets.device}: "
+            "expected one device"
+        )
     if temperature <= 0:
         raise ValueError(f"temperature = {temperature}, expected > 0")
-    return _TokenLogprobs.apply(hidden, weight, targets, temperature, head_fp32)
+
+
+@functools.lru_cache(maxsize=16)
+def _has_bulk_copies(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _runs_fused(weight: Tensor) -> bool:
+    is_short = weight.dtype in (torch.bfloat16, torch.float16)
+    return weight.is_cuda and is_short and _has_bulk_copies(weight.device)
 
 
 def head_logits(hidden: Tensor, weight: Tensor, *, head_fp32: bool = False) -> Tensor:
@@ -61,6 +96,13 @@ def head_logits(hidden: Tensor, weight: Tensor, *, head_fp32: bool = False) -> T
         if head_fp32:
             return linear(hidden.to(wide), weight.to(wide))
         return linear(hidden.to(weight.dtype), weight).to(wide)
+
+
+def _piece_rows(weight: Tensor, dtype: torch.dtype) -> int:
+    """Tokens whose logits exist at once."""
+    wide = torch.promote_types(dtype, torch.float32)
+    rows = max(PIECE_BYTES // (weight.shape[0] * wide.itemsize), FEW_ROWS)
+    return rows if weight.is_cuda else min(rows, CPU_PIECE_TOKENS)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -74,7 +116,8 @@ class _TokenLogprobs(torch.autograd.Function):
         head_fp32: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropies, normalisers = [], [], []
-        for rows, target in zip(hidden.split(_PIECE), targets.split(_PIECE), strict=True):
+        step = _piece_rows(weight, hidden.dtype)
+        for rows, target in zip(hidden.split(step), targets.split(step), strict=True):
             logits = head_logits(rows, weight, head_fp32=head_fp32).div_(temperature)
             normaliser = logits.logsumexp(-1)
             logits.sub_(normaliser[:, None])
@@ -96,8 +139,9 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # fp32: the sum over pieces would lose small terms in bf16
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        for start in range(0, hidden.shape[0], _PIECE):
-            piece = slice(start, start + _PIECE)
+        step = _piece_rows(weight, hidden.dtype)
+        for start in range(0, hidden.shape[0], step):
+            piece = slice(start, start + step)
             rows = hidden[piece]
             logits = head_logits(rows, weight, head_fp32=head_fp32).div_(temperature)
             slope = logits.sub_(normalisers[piece, None]).exp_().neg_()
