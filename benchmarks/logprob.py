@@ -1,4 +1,4 @@
-"""The LM head's logprobs and entropies on one GPU, forward and backward, beside TRL and plain torch.
+"""Logprobs and entropies of the LM head on one GPU, forward and backward, beside TRL and torch.
 
 Run: python -m benchmarks.logprob
 
@@ -83,10 +83,11 @@ def products_ms(hidden: Tensor, weight: Tensor) -> float:
     step = max(2**30 // hidden.shape[0] // 256, 1) * 256
     total = 0.0
     with torch.no_grad():
-        for columns in (weight[:step], weight[: weight.shape[0] % step]):
-            count = weight.shape[0] // step if columns.shape[0] == step else 1
-            if columns.shape[0] == 0:
+        whole, rest = divmod(weight.shape[0], step)
+        for rows, count in ((step, whole), (rest, 1)):
+            if not rows * count:
                 continue
+            columns = weight[:rows]
             logits = hidden @ columns.t()
             times = [
                 median_ms(lambda c=columns, z=logits: torch.mm(hidden, c.t(), out=z), REPEATS),

@@ -17,6 +17,7 @@ from model.kernels.linear.op import FEW_ROWS, linear, product, weight_grad
 
 # fp32 logits that exist at once; on a CPU of no more tokens than share a pass over the weight well
 PIECE_BYTES = 2**28
+SHORT = (torch.bfloat16, torch.float16)
 CPU_PIECE_TOKENS = 2048
 
 
@@ -85,8 +86,7 @@ def _has_bulk_copies(device: torch.device) -> bool:
 
 
 def _runs_fused(weight: Tensor) -> bool:
-    is_short = weight.dtype in (torch.bfloat16, torch.float16)
-    return weight.is_cuda and is_short and _has_bulk_copies(weight.device)
+    return weight.is_cuda and weight.dtype in SHORT and _has_bulk_copies(weight.device)
 
 
 def head_logits(hidden: Tensor, weight: Tensor, *, head_fp32: bool = False) -> Tensor:
@@ -96,6 +96,15 @@ def head_logits(hidden: Tensor, weight: Tensor, *, head_fp32: bool = False) -> T
         if head_fp32:
             return linear(hidden.to(wide), weight.to(wide))
         return linear(hidden.to(weight.dtype), weight).to(wide)
+
+
+def _piece_logits(hidden: Tensor, weight: Tensor, temperature: float, *, head_fp32: bool) -> Tensor:
+    """[T, V] fp32 (fp64 stays) of one piece, no gradient."""
+    if hidden.is_cuda and weight.dtype in SHORT and not head_fp32:
+        logits = torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32)
+    else:
+        logits = head_logits(hidden, weight, head_fp32=head_fp32)
+    return logits.div_(temperature)
 
 
 def _piece_rows(weight: Tensor, dtype: torch.dtype) -> int:
@@ -118,7 +127,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, entropies, normalisers = [], [], []
         step = _piece_rows(weight, hidden.dtype)
         for rows, target in zip(hidden.split(step), targets.split(step), strict=True):
-            logits = head_logits(rows, weight, head_fp32=head_fp32).div_(temperature)
+            logits = _piece_logits(rows, weight, temperature, head_fp32=head_fp32)
             normaliser = logits.logsumexp(-1)
             logits.sub_(normaliser[:, None])
             logprobs.append(logits.gather(1, target[:, None])[:, 0])
@@ -143,7 +152,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], step):
             piece = slice(start, start + step)
             rows = hidden[piece]
-            logits = head_logits(rows, weight, head_fp32=head_fp32).div_(temperature)
+            logits = _piece_logits(rows, weight, temperature, head_fp32=head_fp32)
             slope = logits.sub_(normalisers[piece, None]).exp_().neg_()
             slope.scatter_add_(1, targets[piece, None], torch.ones_like(slope[:, :1]))
             slope.mul_(grad[piece, None] / temperature)
