@@ -1,4 +1,4 @@
-"""Packed causal attention on one GPU, forward and backward, beside torch's flash and padded batches.
+"""Packed causal attention on one GPU, forward and backward, beside torch's own forms.
 
 Run: python -m benchmarks.attention [--tokens 8192 32768 ...]
 
