@@ -298,10 +298,19 @@ def test_strided_views_are_read_in_place():
     torch.manual_seed(0)
     lengths = [2100, 300]
     qkv = torch.randn(2400, 10, 64, device="cuda").bfloat16()
-    views = qkv[:, :6], qkv[:, 6:8], qkv[:, 8:]
-    found = packed_attention(*views, lengths)
-    exact = packed_attention(*(x.contiguous() for x in views), lengths)
-    assert torch.equal(found, exact)
+    weights = torch.randn(2400, 6, 64, device="cuda").bfloat16()
+    views = [x.requires_grad_() for x in qkv.split([6, 2, 2], dim=1)]
+    exact = [x.detach().double().requires_grad_() for x in views]
+    out = packed_attention(*views, lengths)
+    whole = attention_reference(*exact, lengths)
+    assert_close("output", out.detach(), whole.detach(), BOUND[out.dtype])
+    for name, found, right in zip(
+        "qkv",
+        torch.autograd.grad(out, views, weights),
+        torch.autograd.grad(whole, exact, weights.double()),
+        strict=True,
+    ):
+        assert_close(f"gradient of {name}", found, right, BOUND[out.dtype])
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """What is laid out for torch's CUDA kernels, with stand-ins that compute the same on a CPU.
 
-The stand-ins keep to the layouts that the kernels were seen to take and give on one H200 (torch 2.11);
-the kernels themselves run in `test_attention.py` where there is a GPU.
+The stand-ins keep to the layouts that the kernels were seen to take and give on one H200 with torch
+2.11; the kernels themselves run in `test_attention.py` where there is a GPU.
 """
 
 from __future__ import annotations
