@@ -2,6 +2,8 @@
 
 Logits are in units of log 2 here: z = hidden W^T * scale with scale = log2(e) / temperature, so
 that exp2 is the only exponential. A tile's sums are taken against the tile's own maximum.
+
+Token counts differ from batch to batch: nothing is compiled anew for them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def _logits(
     return b_z * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "width"])
 def logprob_fwd_tiles(
     d_hidden, d_weight, p_targets, p_max, p_sum, p_slack, p_picked,
     total, vocabulary, width, scale,
@@ -59,7 +61,7 @@ def logprob_fwd_tiles(
     tl.store(p_slack + o_out, tl.sum(b_slack, 1), mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "num_n"])
 def logprob_fwd_merge(
     p_max, p_sum, p_slack, p_picked, p_logprobs, p_entropy, p_normaliser,
     total, num_n,
@@ -100,7 +102,7 @@ def logprob_fwd_merge(
     tl.store(p_entropy + b_m, (b_log + b_slack / b_sum) * LN2, mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "width", "first"])
 def logprob_bwd_slope(
     d_hidden, d_weight, p_targets, p_normaliser, p_grad, p_slope,
     total, vocabulary, width, first, scale,

@@ -1,6 +1,6 @@
 """Compiles every kernel for one GPU architecture, without a GPU.
 
-Run: python tests/model/kernels/compile_ahead.py 90 [lightning block experts]
+Run: python tests/model/kernels/compile_ahead.py 90 [lightning block experts logprob]
 Prints a line a kernel: registers are the compiler's, bytes of local memory are spills.
 """
 
@@ -24,6 +24,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from model.kernels.experts import kernel as experts_kernel
 from model.kernels.experts import launch as experts_launch
 from model.kernels.lightning import hopper, kernel, launch
+from model.kernels.logprob import kernel as logprob_kernel
+from model.kernels.logprob import launch as logprob_launch
 from model.kernels.norm import kernel as norm
 from model.kernels.norm.launch import backward_shape, forward_shape
 from model.kernels.qkv import kernel as qkv
@@ -32,12 +34,15 @@ from model.kernels.rotary import kernel as rotary
 from model.kernels.rotary import launch as rotary_launch
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-NUMBERS = {"eps", "alpha", "beta"}
+NUMBERS = {"eps", "alpha", "beta", "scale"}
 FLAGS = ("HAS_CARRY", "HAS_INIT", "HAS_FINAL")
 # taken as multiples of 16, as in any model
-SIZES = ("C", "F", "N_OUT", "N_IN")
+SIZES = ("C", "F", "N_OUT", "N_IN", "vocabulary")
 # of Triton's own descriptors; Gluon's take a layout too
-BLOCKS = {"d_rows": ("BM", "BK"), "d_w": ("BK", "BN")}
+BLOCKS = {
+    "d_rows": ("BM", "BK"), "d_w": ("BK", "BN"),
+    "d_hidden": ("BM", "BK"), "d_weight": ("BN", "BK"),
+}  # fmt: skip
 
 
 class Variant(NamedTuple):
@@ -64,6 +69,9 @@ POINTERS = {
     "experts": pointers(
         fp32="logits weights dweights dlogits", i32="counts sums position place ends",
         i64="chosen",
+    ),
+    "logprob": pointers(
+        fp32="max sum slack picked logprobs entropy normaliser grad", i64="targets"
     ),
 }  # fmt: skip
 
@@ -206,7 +214,15 @@ def experts(arch: int) -> Iterator[tuple]:
         yield experts_kernel.experts_bwd_product, shape, tile.warps, tile.stages, "bf16"
 
 
-OPS = {"lightning": lightning, "block": block, "experts": experts}
+def logprob(arch: int) -> Iterator[tuple]:
+    tile, warps = logprob_launch.TILE, logprob_launch.LAUNCH["num_warps"]
+    stages = logprob_launch.LAUNCH["num_stages"]
+    yield logprob_kernel.logprob_fwd_tiles, tile, warps, stages, "bf16"
+    yield logprob_kernel.logprob_fwd_merge, logprob_launch.MERGE, 4, 3, "fp32"
+    yield logprob_kernel.logprob_bwd_slope, tile, warps, stages, "bf16"
+
+
+OPS = {"lightning": lightning, "block": block, "experts": experts, "logprob": logprob}
 
 
 def main(arch: int, *names: str) -> None:

@@ -133,12 +133,11 @@ def test_entropy_keeps_its_digits_where_it_is_small(launch: ModuleType):
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 1000])
 @pytest.mark.parametrize("vocabulary", [33, 1000, 32000])
-def test_the_whole_matrix(launch: ModuleType, tokens: int, vocabulary: int, dtype: torch.dtype):
+def test_the_whole_matrix(launch: ModuleType, tokens: int, vocabulary: int):
     for width in (8, 72, 2048):
-        Case(tokens, width, vocabulary, dtype).check(launch, 0.7)
+        Case(tokens, width, vocabulary, torch.bfloat16).check(launch, 0.7)
 
 
 @pytest.mark.gpu
