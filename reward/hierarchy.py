@@ -277,11 +277,17 @@ def sigmoid(value: float) -> float:
 HIERARCHY = Hierarchy(
     dimensions={
         "correctness": Dimension(
-            signals={"correctness": Signal(verifiers=("exact", "math", "retrieval"))}, weight=0.5
+            signals={
+                "correctness": Signal(verifiers=("code", "exact", "facts", "math", "retrieval"))
+            },
+            weight=0.5,
         ),
         "helpfulness": Dimension(
             signals={
-                "constraints": Signal(weight=0.5, verifiers=("constraints",)),
+                "constraints": Signal(
+                    weight=0.5,
+                    verifiers=("constraints", "json", "language", "length", "repetition"),
+                ),
                 "style": Signal(weight=0.5),
             },
             weight=0.3,

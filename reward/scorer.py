@@ -10,8 +10,9 @@ import torch
 from model import Packed
 from reward.hierarchy import HIERARCHY, Hierarchy, head_key, rule_key
 from reward.model import RewardModel
+from reward.sandbox import Sandbox
 from reward.types import Item, Score, Verdict
-from reward.verifiers import verify
+from reward.verifiers import verify_all
 
 Encode = Callable[[Item], tuple[int, ...]]
 
@@ -27,6 +28,7 @@ class InProcessScorer:
         encode_prompt: tokens of an item up to its response; needed for a learned gate.
         batch_tokens: tokens per forward pass; changes memory, not the result.
         max_tokens: longer conversations are not scored by the heads: their score is not valid.
+        sandbox: where programs run; None takes the shared one.
 
     Raises: ValueError if something needed is missing or does not fit together.
 
@@ -45,6 +47,7 @@ class InProcessScorer:
         encode_prompt: Encode | None = None,
         batch_tokens: int = 16384,
         max_tokens: int = 0,
+        sandbox: Sandbox | None = None,
     ) -> None:
         if reward_model is not None and encode is None:
             raise ValueError("a reward model needs `encode`, which gives an item's tokens")
@@ -63,6 +66,7 @@ class InProcessScorer:
         self._encode = encode
         self._encode_prompt = encode_prompt
         self._batch_tokens = batch_tokens
+        self._sandbox = sandbox
         self._max_tokens = max_tokens or _longest(reward_model)
 
     def score(self, items: Sequence[Item]) -> list[Score]:
@@ -70,7 +74,7 @@ class InProcessScorer:
 
         Raises: ValueError for wrong data (an unknown rule, a rule the tree does not hold).
         """
-        signals = [_rule_signals(item) for item in items]
+        signals = self._rule_signals(items)
         gates: list[dict[str, float] | None] = [None] * len(items)
         refused: dict[int, str] = {}
         if self._model is not None and self._encode is not None:
@@ -88,6 +92,11 @@ class InProcessScorer:
             else self._versioned(self.hierarchy.score(found, gates[index]))
             for index, found in enumerate(signals)
         ]
+
+    def _rule_signals(self, items: Sequence[Item]) -> list[dict[str, Verdict]]:
+        ruled = [item for item in items if item.verifier]
+        verdicts = iter(verify_all(ruled, self._sandbox))
+        return [{rule_key(i.verifier): next(verdicts)} if i.verifier else {} for i in items]
 
     def _versioned(self, score: Score) -> Score:
         return Score(
@@ -143,17 +152,16 @@ def load_scorer(
     encode_prompt: Encode | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    sandbox: Sandbox | None = None,
 ) -> InProcessScorer:
     """The scorer of a reward artifact: its model and its tree.
 
     Raises: ValueError if the folder holds no reward model.
     """
     model = RewardModel.load(folder, dtype=dtype, device=device)
-    return InProcessScorer(model.hierarchy, model, encode, encode_prompt=encode_prompt)
-
-
-def _rule_signals(item: Item) -> dict[str, Verdict]:
-    return {rule_key(item.verifier): verify(item)} if item.verifier else {}
+    return InProcessScorer(
+        model.hierarchy, model, encode, encode_prompt=encode_prompt, sandbox=sandbox
+    )
 
 
 def _longest(model: RewardModel | None) -> int:

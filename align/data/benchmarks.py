@@ -17,11 +17,13 @@ from align.data.records import (
     assistant,
     check_messages,
     instruction,
+    optional_field,
     preference,
     text_field,
     user,
 )
 from align.data.rows import ChatRow, PromptRow, Row
+from reward.types import Message
 
 # GSM8K's hardest problems take about this many steps.
 GSM8K_STEPS = 8
@@ -109,6 +111,47 @@ def ifeval(record: Record, reading: Reading) -> list[Row]:
     ]
 
 
+def mbpp(record: Record, reading: Reading) -> list[Row]:
+    """Task with its tests in the prompt (they alone name the function), or with the solution."""
+    task, tests = text_field(record, "text"), record["test_list"]
+    if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
+        raise ValueError(f"test_list = {tests!r:.60}, expected a list of Python texts")
+    shown = "\n".join(tests)
+    prompt = user(f"{task}\nYour code must pass these tests:\n```python\n{shown}\n```")
+    if reading.kind == "chat":
+        code = text_field(record, "code").replace("\r\n", "\n").strip()
+        return [ChatRow((prompt, assistant(f"```python\n{code}\n```")), reading.origin)]
+    arguments = {"tests": tests, "setup": optional_field(record, "test_setup_code", "")}
+    return [_program((prompt,), arguments, "mbpp", reading)]
+
+
+def humaneval(record: Record, reading: Reading) -> list[Row]:
+    """A function's head to be completed; its tests are the asserts of `check`."""
+    head, entry_point = text_field(record, "prompt"), text_field(record, "entry_point")
+    test = f"{text_field(record, 'test')}\n\ncheck({entry_point})\n"
+    arguments = {"tests": [test], "prefix": head, "entry_point": entry_point}
+    prompt = user(f"Complete this function.\n```python\n{head.rstrip()}\n```")
+    return [_program((prompt,), arguments, "humaneval", reading)]
+
+
+def nq_open(record: Record, reading: Reading) -> list[Row]:
+    """Question with the names of its answer; the first is the reference."""
+    names = record["answer"]
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"answer = {names!r:.60}, expected a list of names")
+    prompt = (user(f"{text_field(record, 'question')}?"),)
+    return [
+        PromptRow(
+            prompt,
+            reading.origin,
+            answer=names[0],
+            verifier="facts",
+            arguments={"answers": names},
+            task="nq_open",
+        )
+    ]
+
+
 def mr_niah(record: Record, reading: Reading) -> list[Row]:
     """A long conversation that ends by asking for an earlier answer, which is the reference."""
     label = text_field(record, "label")
@@ -151,6 +194,12 @@ def squality(record: Record, reading: Reading) -> list[Row]:
         used = answers if reading.kind == "chat" else answers[:1]
         rows.extend(_grounded(document, asked, answer, reading) for answer in used)
     return rows
+
+
+def _program(
+    prompt: tuple[Message, ...], arguments: dict[str, Any], task: str, reading: Reading
+) -> PromptRow:
+    return PromptRow(prompt, reading.origin, verifier="code", arguments=arguments, task=task)
 
 
 def _problem(

@@ -21,7 +21,7 @@ from align.experience import response_text
 from align.policy import load_policy
 from align.prompts import end_of_turn, malformed, open_engine, seed_of
 from reward.types import Verdict
-from reward.verifiers import verify
+from reward.verifiers import verify_all
 from rollout.types import Request, Sampling
 
 # Keys and values held at once, in tokens: half a GiB for a tiny model's softmax layers in fp32.
@@ -109,16 +109,13 @@ def verdicts(rows: Sequence[PromptRow], answers: Answers, name: str) -> list[lis
                 f"eval {name}: {row.origin} names no verifier, so no answer to it can be judged; "
                 "name one or use kind: win_rate with a reward model"
             )
-    return [
-        [_verdict(row, text, answers.tokenizer) for text in texts]
-        for row, texts in zip(rows, answers.texts, strict=True)
-    ]
-
-
-def _verdict(row: PromptRow, text: str, tokenizer: PreTrainedTokenizerBase) -> Verdict:
-    """As in training, a text that is no legal turn is wrong, whatever its verifier would say."""
-    fault = malformed(text, tokenizer)
-    return Verdict(0.0, reason=fault) if fault else verify(row.item(text))
+    pairs = [(row, text) for row, texts in zip(rows, answers.texts, strict=True) for text in texts]
+    # As in training, a text that is no legal turn is wrong, whatever its verifier would say.
+    faults = [malformed(text, answers.tokenizer) for _, text in pairs]
+    legal = [row.item(text) for (row, text), fault in zip(pairs, faults, strict=True) if not fault]
+    judged = iter(verify_all(legal))
+    found = iter([Verdict(0.0, reason=fault) if fault else next(judged) for fault in faults])
+    return [[next(found) for _ in texts] for texts in answers.texts]
 
 
 def mean_valid(values: Sequence[Verdict]) -> float:

@@ -3,7 +3,7 @@
 bubblewrap gives a run its own user or user id, its own processes, network (none), IPC, host name
 and file tree: the interpreter and /usr read-only, an empty scratch folder in memory, nothing else.
 On top of it a seccomp filter takes away the system calls that reach past these walls or past the
-memory limits (ptrace, shared memory, sockets other than Unix and IP, new namespaces, io_uring, ...).
+memory limits (ptrace, shared memory, sockets other than Unix and IP, new namespaces, io_uring...).
 
 Where this process is root, a run gets a user id of its own that nothing else on the machine has;
 else a user namespace in which it is nobody. What remains: the kernel itself is shared. A hole in it

@@ -1,4 +1,4 @@
-"""One sandboxed process tree, seen from the host: started, read without blocking, ended for good."""
+"""One sandboxed process tree, seen from the host: started, read, ended for good."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ class Process:
         self._started_at = time.monotonic()
         self._has_started = False
         self._ended_at = 0.0
-        self._folder = contextlib.ExitStack()
+        self._kept = contextlib.ExitStack()
         status, own_status = os.pipe()
         try:
             self._child = self._start(task, own_status)
         except BaseException:
             os.close(status)
-            self._folder.close()
+            self._kept.close()
             raise
         finally:
             os.close(own_status)
@@ -138,7 +138,7 @@ class Process:
             self._child.kill()
             code = -9
         finally:
-            self._folder.close()
+            self._kept.close()
         return self._outcome(code)
 
     def _note_start(self) -> None:
@@ -155,12 +155,12 @@ class Process:
         try:
             os.write(filter_out, program_filter() if is_isolated else b"")
             os.close(filter_out)
-            spec = self._folder.enter_context(tempfile.TemporaryFile())
+            spec = self._kept.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (the stack does)
             spec.write(json.dumps(_spec(task, uid, is_isolated)).encode())
             spec.seek(0)
             folder = None
             if not is_isolated:
-                folder = self._folder.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-"))
+                folder = self._kept.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-"))
             return subprocess.Popen(
                 [
                     *self._isolation.command(task.limits, uid=uid, filter_fd=filter_in),

@@ -2,8 +2,8 @@
 
 A classic BPF program, as linux/seccomp.h and linux/filter.h define it: it reads the architecture,
 the call's number and, for some, an argument's low half, and answers "allow", an error, or, for a
-foreign architecture, the process's end. Everything is allowed that is not named here; file access is
-the business of the namespaces.
+foreign architecture, the process's end. Everything is allowed that is not named here; file access
+is the business of the namespaces.
 """
 
 from __future__ import annotations

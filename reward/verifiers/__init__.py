@@ -7,29 +7,43 @@ is a ValueError, because no response can repair it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
+from reward.sandbox import Sandbox, shared_sandbox
 from reward.types import Item, Verdict
+from reward.verifiers.code import verify_code
 from reward.verifiers.constraints import verify_constraints
+from reward.verifiers.facts import verify_facts
+from reward.verifiers.form import verify_json, verify_language, verify_length, verify_repetition
 from reward.verifiers.math import verify_math
 from reward.verifiers.text import verify_exact, verify_retrieval
 
-__all__ = ["VERIFIERS", "verify"]
+__all__ = ["VERIFIERS", "verify", "verify_all"]
 
 VERIFIERS: Mapping[str, Callable[[Item], Verdict]] = MappingProxyType(
     {
+        "code": verify_code,
         "constraints": verify_constraints,
         "exact": verify_exact,
+        "facts": verify_facts,
+        "json": verify_json,
+        "language": verify_language,
+        "length": verify_length,
         "math": verify_math,
+        "repetition": verify_repetition,
         "retrieval": verify_retrieval,
     }
 )
 
 
-def verify(item: Item) -> Verdict:
+def verify(item: Item, sandbox: Sandbox | None = None) -> Verdict:
     """The verdict of the rule that the item names.
 
+    Args:
+        sandbox: where programs run; None takes the shared one, which refuses to run them where
+            nothing isolates.
     Raises: ValueError if the item names no rule, an unknown one, or lacks what the rule needs.
 
     Example:
@@ -42,4 +56,24 @@ def verify(item: Item) -> Verdict:
             f"Item.verifier = {item.verifier!r}, expected one of {', '.join(sorted(VERIFIERS))}; "
             "name the rule in the prompt row's `verifier`"
         )
+    if item.verifier == "code":
+        return verify_code(item, sandbox)
     return VERIFIERS[item.verifier](item)
+
+
+def verify_all(items: Sequence[Item], sandbox: Sandbox | None = None) -> list[Verdict]:
+    """One verdict an item, in order; programs run side by side, as many as the sandbox allows.
+
+    Raises: ValueError as `verify`.
+
+    Example:
+        >>> items = [Item((), "5", answer=answer, verifier="math") for answer in ("5", "6")]
+        >>> [verdict.value for verdict in verify_all(items)]
+        [1.0, 0.0]
+    """
+    sandbox = shared_sandbox() if sandbox is None else sandbox
+    programs = sum(item.verifier == "code" for item in items)
+    if programs < 2:
+        return [verify(item, sandbox) for item in items]
+    with ThreadPoolExecutor(min(programs, sandbox.config.max_parallel)) as pool:
+        return list(pool.map(lambda item: verify(item, sandbox), items))

@@ -1,13 +1,15 @@
 r"""The exact rule for programs: the share of the tests that a response's program passes.
 
-Tests are Python with `assert` (MBPP, HumanEval's `check`), or pairs of input and output. Asserts are
-judged in one sandbox and the program runs in another: calls into it go by value, and every
+Tests are Python with `assert` (MBPP, HumanEval's `check`), or pairs of input and output. Asserts
+are judged in one sandbox and the program runs in another: calls into it go by value, and every
 comparison is made where the program has never been (`reward.sandbox.inside.judge`). So a program
-passes only by the values it returns. What that costs: a test that watches an argument change in
-place, or passes a function to the program, gives no verdict or fails.
+passes only by the values it returns. What that costs: a test that passes a function to the program,
+or compares two objects of the program's own classes, gives no verdict; one that watches an argument
+change in place fails. What remains: a program that knows the tests by heart passes them.
 
-The program of a chat answer is the last fenced block (marked python, py or not at all) that defines
-a name which the tests use; if none does, the last such block; without any block, the whole response.
+The program of a chat answer is the last fenced block (marked python, py or not at all) that
+defines a name which the tests use; if none does, the last such block; without any block, the whole
+response.
 """
 
 from __future__ import annotations
@@ -45,9 +47,10 @@ def verify_code(item: Item, sandbox: Sandbox | None = None) -> Verdict:
         item: arguments {"tests": [Python text, ...], "setup": text, "prefix": text,
             "entry_point": name}, or {"cases": [{"input": text, "output": text}, ...]}; only tests
             or cases are needed. Every assert counts as one test; `setup` runs before each text of
-            `tests`; `prefix` stands before the program; `entry_point` is the name that it must
-            define, if the tests do not tell. Outputs are compared line by line, white space at the
-            ends of lines and of the whole aside.
+            `tests`; `prefix` stands before the program, and what it defines beside `entry_point`
+            the tests take from there; `entry_point` is the name that the program must define, if
+            the tests do not tell. Outputs are compared line by line, white space at the ends of
+            lines and of the whole aside.
         sandbox: where it runs; None takes the shared one.
     Raises: ValueError if neither tests nor cases are there, or something is of the wrong type.
 
@@ -66,7 +69,13 @@ def verify_code(item: Item, sandbox: Sandbox | None = None) -> Verdict:
     program = f"{given.prefix}\n{program}" if given.prefix else program
     if given.cases:
         return _run_cases(program, given.cases, sandbox)
-    judge = {"tests": given.tests, "setup": given.setup, "owned": sorted(given.names)}
+    judge = {
+        "tests": given.tests,
+        "setup": given.setup,
+        # What the prefix defines beside the program is the judge's own copy where it uses it.
+        "prefix": given.prefix if _parsed(given.prefix) else "",
+        "owned": sorted(given.names),
+    }
     candidate = {"program": program, "call_s": CALL_LIMIT_S}
     limits = sandbox.config.limits
     judged, served = sandbox.run_joined(
@@ -83,7 +92,7 @@ def extract_program(response: str, names: frozenset[str] = frozenset()) -> str:
         names: names that the tests use.
 
     Example:
-        >>> extract_program("Use this:\\n```python\\nx = 1\\n```\\nThen run\\n```sh\\npython x.py\\n```")
+        >>> extract_program("Take\\n```python\\nx = 1\\n```\\nand run\\n```sh\\npython x.py\\n```")
         'x = 1\\n'
     """
     blocks = [
@@ -133,7 +142,7 @@ class _Given:
             [(given, str(wanted)) for given, wanted in pairs],
             texts["setup"],
             texts["prefix"],
-            names | (_wanted_names([texts["setup"], *tests], bool(entry))),
+            names | _wanted_names(texts["prefix"], [texts["setup"], *tests], bool(entry)),
         )
 
 
@@ -141,21 +150,14 @@ def _are(values: object, kind: type) -> bool:
     return isinstance(values, list | tuple) and all(isinstance(each, kind) for each in values)
 
 
-def _wanted_names(texts: list[str], has_entry: bool) -> frozenset[str]:
+def _wanted_names(prefix: str, texts: list[str], has_entry: bool) -> frozenset[str]:
     """Names that the tests read and that only the program can define.
 
     A name of Python's own (MBPP has a task whose function is `sum`) is the program's only if the
     tests use no other: then it is the function that the first test calls first.
     """
-    trees = []
-    for text in texts:
-        try:
-            trees.append(ast.parse(text))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            # The judge says which test it is.
-            continue
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    bound = set(_bound(nodes))
+    nodes = [node for text in texts for node in _parsed(text)]
+    bound = set(_bound([*nodes, *_parsed(prefix)]))
     modules = {
         node.value.id
         for node in nodes
@@ -169,6 +171,14 @@ def _wanted_names(texts: list[str], has_entry: bool) -> frozenset[str]:
     if not names and not has_entry:
         names.update([name for name in called if name not in bound][:1])
     return frozenset(names)
+
+
+def _parsed(text: str) -> list[ast.AST]:
+    try:
+        return list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        # The judge says which test it is.
+        return []
 
 
 def _bound(nodes: list[ast.AST]) -> Iterator[str]:

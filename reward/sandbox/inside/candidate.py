@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import signal
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from reward.sandbox.inside.values import EndedError, decode, encode, receive, send
@@ -32,12 +33,12 @@ def main(payload: dict[str, Any], channel: list[int]) -> None:
             child = Child(payload["program"], channel)
         try:
             reply = child.ask(request, payload["call_s"])
-        except (EndedError, OSError, ValueError):
-            reply = {"fault": f"the program ended with {child.end()}"}
-            child = None
         except TimeoutError:
             child.end()
             reply = {"fault": f"no answer in {payload['call_s']:g} s"}
+            child = None
+        except (EndedError, OSError, ValueError):
+            reply = {"fault": f"the program ended with {child.end()}"}
             child = None
         send(replies, reply)
 
@@ -142,14 +143,13 @@ def _set_item(target: Any, key: Any, value: Any) -> None:
     target[key] = value
 
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[..., Any]] = {
     "value": lambda target: target,
     "call": _call,
     "get": getattr,
     "set": _set,
     "get_item": lambda target, key: target[key],
     "set_item": _set_item,
-    "contains": lambda target, key: key in target,
     "truth": bool,
     "length": len,
     "iterate": iter,

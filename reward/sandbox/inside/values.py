@@ -1,8 +1,8 @@
-"""Plain values as JSON, between the process that holds the tests and the one that holds the program.
+"""Plain values as JSON, between the tests' process and the program's.
 
-What arrives is made of Python's own types and nothing else, whatever the sender did: no class of the
-sender is loaded and none of its methods runs. Anything that is no plain value stays where it is and
-travels as a reference.
+What arrives is made of Python's own types and nothing else, whatever the sender did: no class of
+the sender is loaded and none of its methods runs. Anything that is no plain value stays where it is
+and travels as a reference.
 """
 
 import json
@@ -17,6 +17,10 @@ NUMBERS: dict[str, Callable[[str], Any]] = {
     "bytes": bytes.fromhex,
     "decimal.Decimal": lambda text: _decimal(text),
     "fractions.Fraction": lambda text: _fraction(text),
+}
+TYPES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)
 }
 
 
@@ -45,6 +49,8 @@ def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
     for name, kind in (("tuple", tuple), ("set", set), ("frozenset", frozenset)):
         if isinstance(value, kind):
             return {name: [encode(each, refer) for each in value]}
+    if isinstance(value, type) and TYPES.get(value.__name__) is value:
+        return {"type": value.__name__}
     full_name = f"{type(value).__module__}.{type(value).__name__}"
     return {full_name: str(value)} if full_name in NUMBERS else {"reference": refer(value)}
 
@@ -60,6 +66,8 @@ def decode(form: Any, resolve: Callable[[Any], Any]) -> Any:
         return resolve(body)
     if kind == "dict":
         return {decode(key, resolve): decode(each, resolve) for key, each in body}
+    if kind == "type":
+        return TYPES[body]
     if kind == "complex":
         return complex(*body)
     if kind in NUMBERS:
