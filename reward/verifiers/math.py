@@ -1,8 +1,10 @@
 r"""The exact rule for mathematical answers.
 
 The final answer is what stands in the last \boxed{}, else after the last "####" or "answer is",
-else the last number of the response. Plain numbers (commas, currency, percent, fractions, units)
-are compared here, as exact fractions; anything else goes to math-verify in its own process.
+else the last number of the response, or its last bracket where the reference is a tuple or interval.
+Plain numbers (commas, currency, percent, fractions, mixed numbers, exponents, units) are compared
+here, as exact fractions; anything else goes to math-verify in its own process. Two units that are
+both known and not the same make two numbers differ; other words after a number are not compared.
 """
 
 from __future__ import annotations
@@ -15,11 +17,31 @@ from reward.verifiers.symbolic import shared_checker
 
 _NUMBER = re.compile(
     r"(?<![\w.])(?P<sign>[-+\u2212]?)\s?\\?[$€£¥]?\s?(?P<inner>[-\u2212]?)"
+    r"(?:(?P<whole>\d+)\s(?=\d+\s?/\s?\d))?"
     r"(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)"
+    r"(?:[eE](?P<exponent>[-+]?\d{1,3})(?!\w))?"
     r"(?:\s?/\s?(?P<under>\d+))?"
     r"\s?(?P<percent>\\?%|percent\b)?"
 )
-_UNIT = re.compile(r"[A-Za-z°²³./ ]*")
+# One letter is a unit only if it is a known one: 5x is no 5.
+_UNIT = re.compile(r"(?:[A-Za-z°²³./ ]{2,}|[AFCJKLNVWghlmst°. ])?")
+# Units that are told apart; names that mean the same stand in one row.
+_UNITS = {
+    name: row[0]
+    for row in (
+        ("mm",), ("cm",), ("m", "meter", "meters", "metre", "metres"), ("km",),
+        ("inch", "inches"), ("ft", "foot", "feet"), ("yd", "yard", "yards"),
+        ("mi", "mile", "miles"), ("mg",), ("g", "gram", "grams"), ("kg",),
+        ("lb", "lbs", "pound", "pounds"), ("oz", "ounce", "ounces"), ("ml",),
+        ("l", "liter", "liters", "litre", "litres"), ("s", "sec", "second", "seconds"),
+        ("min", "minute", "minutes"), ("h", "hr", "hour", "hours"), ("day", "days"),
+        ("cent", "cents"), ("dollar", "dollars"),
+    )
+    for name in row
+}  # fmt: skip
+_BRACKET = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]")
+_LESS = r"\s*(\\leq?(?:slant)?|\\lt|<=?|\u2264)\s*"
+_CHAIN = re.compile(rf"(.+?){_LESS}[A-Za-z]{_LESS}(.+)")
 _MARKER = re.compile(r"####|\banswer\s*(?:is\b|:|=)\s*:?|\banswer\b[^.\n]{0,40}?\bis\b", re.I)
 _SENTENCE_END = re.compile(r"[.;!?](?=\s|$)|\n")
 _SYMBOLIC = re.compile(r"[\\^√π]")
@@ -52,6 +74,11 @@ def verify_math(item: Item) -> Verdict:
         if not numbers:
             return Verdict(0.0, reason="no number in the response")
         return _verdict(_equal(number, numbers[-1]), numbers[-1].group().strip(), gold)
+    is_bracket = _BRACKET.fullmatch(gold) is not None
+    if is_bracket and not span and not _SYMBOLIC.search(item.response):
+        span = (_BRACKET.findall(item.response) or [""])[-1]
+    if is_bracket and (chain := _CHAIN.fullmatch(span)):
+        span = _interval(*chain.groups())
     shown = f"\\boxed{{{span}}}" if span else item.response
     try:
         equal = shared_checker().equal(gold=gold, response=shown)
@@ -105,9 +132,16 @@ def _plain(span: str, is_boxed: bool) -> re.Match[str] | None:
     return _NUMBER.search(value)
 
 
+def _interval(low: str, first: str, second: str, high: str) -> str:
+    """a < x <= b as (a, b]."""
+    closed = ["<" != sign != "\\lt" for sign in (first, second)]
+    return f"{'[' if closed[0] else '('}{low}, {high}{']' if closed[1] else ')'}"
+
+
 def _equal(gold: re.Match[str], found: re.Match[str]) -> bool:
     wanted, got = _value(gold), _value(found)
-    if wanted is None or got is None:
+    units = {_unit(gold), _unit(found)} - {""}
+    if wanted is None or got is None or len(units) == 2:
         return False
     is_percent = (bool(gold["percent"]), bool(found["percent"]))
     # One percent sign only: 20% is asked for and 20 or 0.2 given, or the other way round.
@@ -123,4 +157,14 @@ def _value(match: re.Match[str]) -> Fraction | None:
     if under == 0:
         return None
     is_negative = (match["sign"] or match["inner"]) in ("-", "\u2212")
-    return Fraction(match["digits"].replace(",", "")) / under * (-1 if is_negative else 1)
+    number = Fraction(match["digits"].replace(",", "")) * Fraction(10) ** int(
+        match["exponent"] or 0
+    )
+    value = int(match["whole"] or 0) + number / under
+    return -value if is_negative else value
+
+
+def _unit(match: re.Match[str]) -> str:
+    """The known unit that follows a number, in its row's first name; "" for none."""
+    word = re.match(r"\s*([A-Za-z]+)(?![\w^/])", match.string[match.end() :])
+    return _UNITS.get(word[1].lower(), "") if word else ""
