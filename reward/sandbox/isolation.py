@@ -66,11 +66,12 @@ class Isolation:
             *("--clearenv", "--setenv", "HOME", "/tmp", "--setenv", "PATH", "/usr/bin:/bin"),
             *("--setenv", "LANG", "C.UTF-8", "--setenv", "PYTHONHASHSEED", "0"),
             *("--setenv", "MALLOC_ARENA_MAX", "1"),
+            # Before the tree: the interpreter may live below /tmp.
+            *("--perms", "1777", "--size", size, "--tmpfs", "/tmp"),
             *_tree(),
             *("--proc", "/proc", "--dev", "/dev"),
             *("--perms", "1777", "--size", size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"),
-            *("--perms", "1777", "--size", size, "--tmpfs", "/tmp", "--chdir", "/tmp"),
-            *("--remount-ro", "/", "--", *python),
+            *("--remount-ro", "/", "--chdir", "/tmp", "--", *python),
         ]
 
 

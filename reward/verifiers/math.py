@@ -1,10 +1,11 @@
 r"""The exact rule for mathematical answers.
 
 The final answer is what stands in the last \boxed{}, else after the last "####" or "answer is",
-else the last number of the response, or its last bracket where the reference is a tuple or interval.
-Plain numbers (commas, currency, percent, fractions, mixed numbers, exponents, units) are compared
-here, as exact fractions; anything else goes to math-verify in its own process. Two units that are
-both known and not the same make two numbers differ; other words after a number are not compared.
+else the last number of the response, or its last bracket where the reference is one (a tuple, an
+interval). Plain numbers (commas, currency, percent, fractions, mixed numbers, exponents, units) are
+compared here, as exact fractions; anything else goes to math-verify in its own process. Two units
+that are both known and not the same make two numbers differ; other words after a number are not
+compared.
 """
 
 from __future__ import annotations

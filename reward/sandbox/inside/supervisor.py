@@ -100,7 +100,8 @@ def _look(limits: dict[str, Any]) -> tuple[int, str]:
         # Pages that forked processes share were counted once for each of them.
         total = sum(_proportional(name) for name in processes)
     scratch = [os.statvfs(folder) for folder in ("/tmp", "/dev/shm")]
-    if sum(each.f_files - each.f_ffree for each in scratch) > limits["max_files"] + 2:
+    # The two folders, and what leads to an interpreter below /tmp, are not the program's.
+    if sum(each.f_files - each.f_ffree for each in scratch) > limits["max_files"] + 16:
         return total, "files"
     return total, "memory" if total > limits["memory_bytes"] else ""
 
