@@ -6,8 +6,8 @@ FOLDER holds `code/mbpp.jsonl.gz` and `math/gsm8k_train.jsonl.gz` in their publi
 reference must pass; every mutant of a reference (one operator, one constant or one return changed)
 and every perturbed number must not. Some mutants compute the same on all of a task's asserts (an
 unused constant, a branch that no assert takes), so each is also run the plain way, program and
-asserts in one interpreter: what that lets through no verifier can fail. "caught" is the share of the
-rest that the verifier fails; "agrees" is how often the two say the same.
+asserts in one interpreter: what that lets through no verifier can fail. "caught" is the share of
+the rest that the verifier fails; "agrees" is how often the two say the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The exact rule for instructions about form: IFEval's 25 types, judged strictly.
+"""The exact rule for instructions about form: IFEval's 25 types, judged strictly or loosely.
 
 Names and arguments are those of "Instruction-Following Evaluation for Large Language Models" (Zhou
 et al., 2023, arXiv 2311.07911); the checks are written from its descriptions. Where we differ:
@@ -264,13 +264,15 @@ def verify_constraints(item: Item) -> Verdict:
     """Share of the instructions that the response follows; the reason names those it does not.
 
     An empty response follows none. An instruction that cannot be judged is left out of the share;
-    if none can, the verdict is not valid.
+    if none can, the verdict is not valid. Judged loosely, an instruction is also followed if it is
+    without the response's first line, its last line or both (a greeting, a closing remark), each
+    with and without stars: IFEval's eight readings.
 
     Args:
         item: arguments {"instruction_id_list": [id, ...], "kwargs": [{...}, ...]} as in IFEval;
-            arguments that are null are as good as absent.
+            arguments that are null are as good as absent. {"loose": true} judges loosely.
     Raises: ValueError if the lists are missing, empty or of different length, for an unknown
-        instruction, and for a missing or wrong argument.
+        instruction, for a missing or wrong argument, and if loose is no boolean.
 
     Example:
         >>> arguments = {"instruction_id_list": ["punctuation:no_comma", "startend:quotation"],
@@ -279,13 +281,11 @@ def verify_constraints(item: Item) -> Verdict:
         Verdict(value=0.5, valid=True, reason='failed: startend:quotation')
     """
     names, all_arguments = _instructions(item)
+    readings = _readings(item)
     failed, unknown = [], []
     for name, arguments in zip(names, all_arguments, strict=True):
-        if not item.response.strip():
-            failed.append(name)
-            continue
         try:
-            followed = INSTRUCTIONS[name].check(item.response, arguments)
+            followed = _followed(INSTRUCTIONS[name], readings, arguments)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} with {dict(arguments)}: {error}") from error
         if followed is None:
@@ -299,6 +299,24 @@ def verify_constraints(item: Item) -> Verdict:
     if not judged:
         return Verdict(0.0, valid=False, reason=reason)
     return Verdict(1 - len(failed) / judged, reason=reason)
+
+
+def _readings(item: Item) -> list[str]:
+    """The texts of which one has to follow; none of them is empty."""
+    is_loose = item.arguments.get("loose", False)
+    if not isinstance(is_loose, bool):
+        raise ValueError(f"Item.arguments['loose'] = {is_loose!r}, expected true or false")
+    lines = item.response.split("\n")
+    parts = [lines, lines[1:], lines[:-1], lines[1:-1]] if is_loose else [lines]
+    texts = ["\n".join(part).strip() if is_loose else item.response for part in parts]
+    if is_loose:
+        texts += [text.replace("*", "") for text in texts]
+    return [text for text in texts if text.strip()]
+
+
+def _followed(instruction: Instruction, readings: list[str], arguments: Arguments) -> bool | None:
+    found = [instruction.check(text, arguments) for text in readings]
+    return True if True in found else None if None in found else False
 
 
 def _instructions(item: Item) -> tuple[list[str], list[Arguments]]:

@@ -115,7 +115,7 @@ def verify_length(item: Item) -> Verdict:
     """
     unit = str(item.arguments.get("unit"))
     low, high = item.arguments.get("min", 0), item.arguments.get("max")
-    is_bound = all(type(bound) is int for bound in (low, high) if bound is not None)
+    is_bound = type(low) is int and (high is None or type(high) is int)
     if unit not in UNITS or not is_bound or not 0 <= low <= (low if high is None else high):
         raise ValueError(
             f"Item.arguments = {dict(item.arguments)!r:.200} for verifier length; expected 'unit', "

@@ -142,6 +142,40 @@ def test_each_type_tells_a_good_response_from_a_bad_one(name, kwargs, good, bad)
     assert judge(" ", (name, kwargs)).value == 0.0
 
 
+LOOSE = [
+    ("startend:quotation", {}, 'Sure!\n"tea"'),
+    ("startend:quotation", {}, '"tea"\nAnything else?'),
+    ("startend:quotation", {}, 'Sure!\n"tea"\nAnything else?'),
+    ("detectable_format:json_format", {}, 'Here it is:\n{"a": 1}\nDone'),
+    ("change_case:english_lowercase", {}, "Sure\nall of this is lower"),
+    ("startend:end_checker", {"end_phrase": "the end."}, "Tea.\n**The end.**"),
+    ("punctuation:no_comma", {}, "Well, yes.\nTea"),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "response"), LOOSE)
+def test_loosely_a_first_or_last_line_and_stars_are_forgiven(name, kwargs, response):
+    arguments = {"instruction_id_list": [name], "kwargs": [kwargs]}
+    strict, loose = (
+        verify(Item((), response, verifier="constraints", arguments={**arguments, "loose": loose}))
+        for loose in (False, True)
+    )
+    assert (strict.value, loose.value) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("name", "kwargs", "good", "bad"), CASES)
+def test_loosely_is_never_stricter(name, kwargs, good, bad):
+    arguments = {"instruction_id_list": [name], "kwargs": [kwargs], "loose": True}
+    assert verify(Item((), good, verifier="constraints", arguments=arguments)).value == 1.0
+    assert verify(Item((), " ", verifier="constraints", arguments=arguments)).value == 0.0
+
+
+def test_loose_is_a_boolean():
+    arguments = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}], "loose": "yes"}
+    with pytest.raises(ValueError, match=r"Item.arguments\['loose'\] = 'yes', expected true or f"):
+        verify(Item((), "x", verifier="constraints", arguments=arguments))
+
+
 def test_the_value_is_the_share_followed_and_null_arguments_are_absent():
     verdict = judge(
         "Hot tea, please",

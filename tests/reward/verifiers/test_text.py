@@ -55,7 +55,7 @@ def test_retrieval_needs_answers(answers):
 
 
 def test_an_unknown_verifier_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'maths', expected one of constraints, exact, math, ret"):
+    with pytest.raises(ValueError, match="'maths', expected one of code, constraints, exact, fa"):
         verify(Item((), "5", verifier="maths"))
 
 
