@@ -12,6 +12,7 @@ from torch import nn
 
 from align.data.batch import Batch
 from align.losses.types import Loss
+from reward.sandbox import SandboxConfig
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Job:
         base: folder that relative data paths are resolved against.
         seed: of this stage.
         accelerator: owns devices, processes and precision.
+        sandbox: how programs that a policy wrote are run.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Job:
     seed: int
     accelerator: Accelerator
     inputs: Mapping[str, Path] = field(default_factory=dict)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from align.data.rows import PromptRow, Row
 from align.data.sources import KEPT_REASONS, DataConfig, read_source
 from align.experience import Group, response_text
 from model import HybridForCausalLM
+from reward.sandbox import Sandbox
 from reward.scorer import InProcessScorer, load_scorer
 from reward.types import Item, Score, Scorer
 from rollout.native.engine import NativeEngine
@@ -141,7 +142,7 @@ def _judgeable(row: Row, *, has_reward: bool) -> PromptRow:
 def open_scorer(job: Job, tokenizer: PreTrainedTokenizerBase) -> Scorer:
     """The judge of a stage: its reward artifact if it names one, else the rules alone."""
     if "reward" not in job.inputs:
-        return InProcessScorer()
+        return InProcessScorer(sandbox=Sandbox(job.sandbox))
 
     def encode(item: Item) -> tuple[int, ...]:
         return render_item(item, tokenizer)
@@ -154,6 +155,7 @@ def open_scorer(job: Job, tokenizer: PreTrainedTokenizerBase) -> Scorer:
         encode,
         encode_prompt=encode_prompt,
         device=job.accelerator.device,
+        sandbox=Sandbox(job.sandbox),
     )
 
 

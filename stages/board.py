@@ -178,6 +178,7 @@ class Board:
             inputs={role: found.folder for role, found in read.items()},
             base=self.base,
             seed=self.recipe.head.seed,
+            sandbox=self.recipe.head.sandbox,
         )
         kept = {"stage": name, "key": key, "result": json.loads(result.to_json())}
         write_atomic(file, dump_json(kept))

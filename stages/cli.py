@@ -136,6 +136,7 @@ def evaluate(
                 inputs={"reward": reward} if reward else {},
                 base=Path.cwd(),
                 seed=loaded.head.seed,
+                sandbox=loaded.head.sandbox,
             )
             for config in chosen_evals(loaded, only or [])
         ]

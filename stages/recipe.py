@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from align.course import Job, Outcome
 from align.data.sources import DataConfig
+from reward.sandbox import SandboxConfig
 from stages.document import Document, nearest, read_document
 from stages.explain import validate
 
@@ -146,6 +147,8 @@ class RecipeHead(BaseModel):
     """Values to be written as ${name} elsewhere in the file."""
     seed: int = Field(default=0, ge=0)
     """Of the evals; every stage has its own."""
+    sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
+    """How programs that a policy wrote are run, in stages and evals."""
     evals: list[Any] = Field(default_factory=list)
     """Evals that run on every policy."""
     stages: list[Any] = Field(min_length=1)
@@ -222,6 +225,7 @@ class Recipe:
         return {
             "name": self.name,
             "seed": self.head.seed,
+            "sandbox": self.head.sandbox.model_dump(mode="json"),
             "model": self.head.model.model_dump(mode="json", by_alias=True),
             "evals": [e.model_dump(mode="json", by_alias=True) for e in self.evals.values()],
             "stages": [stage.resolved() for stage in self.stages],

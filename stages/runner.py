@@ -229,6 +229,7 @@ class _Climber:
             seed=stage.config.seed,
             accelerator=self.ground.accelerator,
             inputs=inputs,
+            sandbox=self.recipe.head.sandbox,
         )
 
     def _start(self) -> Finished:

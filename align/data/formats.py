@@ -317,7 +317,12 @@ FORMATS: dict[str, Format] = {
         lambda record: isinstance(record["answer"], list),
     ),
     "prompt_completion": Format(("prompt", "completion"), ("chat",), _completion),
-    "gsm8k": Format(("question", "answer"), ("chat", "prompt"), benchmarks.gsm8k),
+    "gsm8k": Format(
+        ("question", "answer"),
+        ("chat", "prompt"),
+        benchmarks.gsm8k,
+        lambda record: not isinstance(record["answer"], list),
+    ),
     "math": Format(("problem", "answer"), ("prompt",), benchmarks.math),
     "svamp": Format(("Body", "Question", "Answer"), ("chat", "prompt"), benchmarks.svamp),
     "qmsum": Format(("meeting_transcripts",), ("chat", "prompt"), benchmarks.qmsum),

@@ -12,6 +12,7 @@ from pydantic import Field
 from align.evals import constraints, lm, math, needle, preference, task, win_rate
 from align.evals.reward_artifact import is_reward
 from align.evals.types import Change, Context, EvalResult, compare
+from reward.sandbox import SandboxConfig
 
 __all__ = ["EVALS", "Change", "EvalConfig", "EvalResult", "compare", "run_eval"]
 
@@ -52,6 +53,7 @@ def run_eval(
     inputs: Mapping[str, Path],
     base: Path,
     seed: int,
+    sandbox: SandboxConfig | None = None,
 ) -> EvalResult:
     """What one eval says of one artifact.
 
@@ -61,6 +63,7 @@ def run_eval(
         inputs: artifact folders of other stages by role: "reward" for judge: reward.
         base: folder that relative data paths are resolved against.
         seed: of rows and sampling; give every policy that is compared the same.
+        sandbox: how programs are run; None takes the defaults.
 
     Raises:
         ValueError: if the artifact cannot be asked this, or its rows do not fit the kind.
@@ -70,5 +73,5 @@ def run_eval(
             f"eval {config.name or config.kind}: {policy} is a reward model, expected a policy; "
             f"ask a reward model only {', '.join(sorted(FOR_REWARD))}"
         )
-    context = Context(policy=policy, parent=parent, inputs=inputs, base=base, seed=seed)
+    context = Context(policy, parent, inputs, base, seed, sandbox or SandboxConfig())
     return EVALS[config.kind](config, context)

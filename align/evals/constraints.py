@@ -39,7 +39,7 @@ def run(config: ConstraintsEval, context: Context) -> EvalResult:
     name = config.name or "constraints"
     rows, skipped = read_held_out(config.data, PromptRow, kind="prompt", name=name, context=context)
     answers = respond(context.policy, rows, config=config, seed=context.seed)
-    judged = verdicts(rows, answers, name)
+    judged = verdicts(rows, answers, name=name, sandbox=context.sandbox)
     shares = [mean_valid(row) for row in judged]
     whole = [mean_valid([_whole(verdict) for verdict in row]) for row in judged]
     valid = [share for share in shares if not math.isnan(share)]

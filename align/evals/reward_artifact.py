@@ -14,6 +14,7 @@ from align.evals.likelihood import token_batches
 from align.evals.types import pick_device
 from model import Packed
 from reward.model import REWARD_FILE, RewardModel
+from reward.sandbox import Sandbox, SandboxConfig
 from reward.scorer import InProcessScorer, load_scorer
 
 OVERALL = "overall"
@@ -29,7 +30,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def open_scorer(folder: Path) -> InProcessScorer:
+def open_scorer(folder: Path, sandbox: SandboxConfig | None = None) -> InProcessScorer:
     """The artifact's reward model and hierarchy, rendering with the artifact's own tokenizer."""
     tokenizer = open_tokenizer(folder)
     return load_scorer(
@@ -37,6 +38,7 @@ def open_scorer(folder: Path) -> InProcessScorer:
         lambda item: render_item(item, tokenizer),
         encode_prompt=lambda item: render_prompt(item.messages, tokenizer),
         device=pick_device(),
+        sandbox=Sandbox(sandbox),
     )
 
 

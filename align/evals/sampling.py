@@ -20,6 +20,7 @@ from align.evals.types import Context, EvalBase, EvalResult, pick_device
 from align.experience import response_text
 from align.policy import load_policy
 from align.prompts import end_of_turn, malformed, open_engine, seed_of
+from reward.sandbox import Sandbox, SandboxConfig
 from reward.types import Verdict
 from reward.verifiers import verify_all
 from rollout.types import Request, Sampling
@@ -97,7 +98,9 @@ def respond(folder: Path, rows: Sequence[PromptRow], *, config: SampledEval, see
     )
 
 
-def verdicts(rows: Sequence[PromptRow], answers: Answers, name: str) -> list[list[Verdict]]:
+def verdicts(
+    rows: Sequence[PromptRow], answers: Answers, *, name: str, sandbox: SandboxConfig
+) -> list[list[Verdict]]:
     """[rows][samples] what each row's own verifier says.
 
     Raises:
@@ -113,7 +116,7 @@ def verdicts(rows: Sequence[PromptRow], answers: Answers, name: str) -> list[lis
     # As in training, a text that is no legal turn is wrong, whatever its verifier would say.
     faults = [malformed(text, answers.tokenizer) for _, text in pairs]
     legal = [row.item(text) for (row, text), fault in zip(pairs, faults, strict=True) if not fault]
-    judged = iter(verify_all(legal))
+    judged = iter(verify_all(legal, Sandbox(sandbox)))
     found = iter([Verdict(0.0, reason=fault) if fault else next(judged) for fault in faults])
     return [[next(found) for _ in texts] for texts in answers.texts]
 
@@ -135,7 +138,8 @@ def accuracy(
     """Mean verdict on the policy's own answers; details hold the mean per task."""
     rows, skipped = read_held_out(data, PromptRow, kind="prompt", name=name, context=context)
     answers = respond(context.policy, rows, config=config, seed=context.seed)
-    items = [mean_valid(judged) for judged in verdicts(rows, answers, name)]
+    judged = verdicts(rows, answers, name=name, sandbox=context.sandbox)
+    items = [mean_valid(each) for each in judged]
     details = {"unfinished": answers.unfinished, **skipped, **by_task(rows, items)}
     return EvalResult.from_items(name, "accuracy", items, details=details)
 

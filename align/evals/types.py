@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from reward.sandbox import SandboxConfig
+
 
 class EvalBase(BaseModel):
     """What every kind of eval has."""
@@ -45,6 +47,7 @@ class Context:
         inputs: artifact folders of other stages by role ("reward", ...).
         base: folder that relative data paths are resolved against.
         seed: of the rows drawn and of the sampling; the same for every policy compared.
+        sandbox: how programs that a policy wrote are run.
     """
 
     policy: Path
@@ -52,6 +55,7 @@ class Context:
     inputs: Mapping[str, Path]
     base: Path
     seed: int
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
 
 
 @dataclass(frozen=True)

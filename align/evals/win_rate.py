@@ -83,14 +83,14 @@ def score(
 ) -> list[list[float]]:
     """[rows][samples] what the judge gives each answer; NaN where it gives nothing."""
     if config.judge == "verifier":
-        judged = verdicts(rows, answers, name)
+        judged = verdicts(rows, answers, name=name, sandbox=context.sandbox)
         return [[v.value if v.valid else math.nan for v in row] for row in judged]
     if "reward" not in context.inputs:
         raise ValueError(
             f"eval {name}: judge = 'reward' needs a reward artifact; name a reward stage with "
             "`reward:` or use judge: verifier"
         )
-    scorer = open_scorer(context.inputs["reward"])
+    scorer = open_scorer(context.inputs["reward"], context.sandbox)
     size = config.num_samples
     asked = [row for row in rows for _ in range(size)]
     texts = [text for row in answers.texts for text in row]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -49,8 +50,13 @@ class SandboxConfig(BaseModel):
 
     limits: Limits = Field(default_factory=Limits)
     """Bounds of one run."""
-    max_parallel: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
-    """Runs at one time in this process; more wait for a place. Default: one a CPU."""
+    max_parallel: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Runs at one time in this process; more wait for a place. `auto`: one a CPU."""
     allow_unisolated: bool = False
     """Run code even where nothing isolates it: it can then read and write what this user can, and
     reach the network. Only for code that you would run by hand."""
+
+    @property
+    def places(self) -> int:
+        """Runs at one time, counted."""
+        return (os.cpu_count() or 1) if self.max_parallel == "auto" else self.max_parallel

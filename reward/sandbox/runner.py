@@ -60,7 +60,7 @@ class Sandbox:
 
     def __init__(self, config: SandboxConfig | None = None) -> None:
         self.config = SandboxConfig() if config is None else config
-        self._places = threading.BoundedSemaphore(self.config.max_parallel)
+        self._places = threading.BoundedSemaphore(self.config.places)
         self._owner = os.getpid()
 
     @property
@@ -122,7 +122,7 @@ class Sandbox:
     def _place(self) -> Iterator[float]:
         if self._owner != os.getpid():
             # A fork copies places that its parent's threads hold and will never give back here.
-            self._places = threading.BoundedSemaphore(self.config.max_parallel)
+            self._places = threading.BoundedSemaphore(self.config.places)
             self._owner = os.getpid()
         before = time.monotonic()
         with self._places:

@@ -75,5 +75,5 @@ def verify_all(items: Sequence[Item], sandbox: Sandbox | None = None) -> list[Ve
     programs = sum(item.verifier == "code" for item in items)
     if programs < 2:
         return [verify(item, sandbox) for item in items]
-    with ThreadPoolExecutor(min(programs, sandbox.config.max_parallel)) as pool:
+    with ThreadPoolExecutor(min(programs, sandbox.config.places)) as pool:
         return list(pool.map(lambda item: verify(item, sandbox), items))

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from align.course import Job, Outcome
 from align.data.sources import DataConfig
 from align.evals.types import EvalResult
+from reward.sandbox import SandboxConfig
 from stages.cli import app
 from stages.recipe import Kind, ModelConfig, Recipe, load_recipe
 from stages.runner import Ground
@@ -91,7 +92,14 @@ def make_start(config: ModelConfig, temporary: Path, base: Path) -> Path:
 
 
 def run_eval(
-    config: TaskFake, *, policy: Path, parent: Path | None, inputs: dict, base: Path, seed: int
+    config: TaskFake,
+    *,
+    policy: Path,
+    parent: Path | None,
+    inputs: dict,
+    base: Path,
+    seed: int,
+    sandbox: SandboxConfig,
 ) -> EvalResult:
     """The longer the ladder behind the policy, the better."""
     depth = (policy / "weights").read_text().count(">")

@@ -64,6 +64,21 @@ def problem(answer: str, question: str, difficulty: float) -> PromptRow:
     )
 
 
+MBPP = {
+    "task_id": 1,
+    "text": "Square a number.",
+    "code": "def square(n):\r\n  return n * n\r\n",
+    "test_setup_code": "x = 2",
+    "test_list": ["assert square(x) == 4", "assert square(3) == 9"],
+}
+MBPP_ASKED = user(
+    "Square a number.\nYour code must pass these tests:\n"
+    "```python\nassert square(x) == 4\nassert square(3) == 9\n```"
+)
+HEAD = 'def square(n):\n    """The square."""\n'
+CHECK = "def check(candidate):\n    assert candidate(2) == 4"
+HUMANEVAL = {"task_id": "0", "prompt": HEAD, "entry_point": "square", "test": CHECK}
+NQ_OPEN = {"question": "when was it", "answer": ["14 December 1972", "1972"]}
 CASES: list[tuple[str, str, dict[str, Any], list[Row]]] = [
     ("text", "auto", {"text": "Once.", "id": 3}, [TextRow("Once.", HERE)]),
     ("chat", "auto", {"messages": [ASKED, GOOD]}, [CHAT]),
@@ -154,6 +169,59 @@ CASES: list[tuple[str, str, dict[str, Any], list[Row]]] = [
                     assistant("Half is 48/2 = 24.\nIn all 48+24 = 72.\n#### 1,072"),
                 ),
                 HERE,
+            )
+        ],
+    ),
+    (
+        "mbpp",
+        "auto",
+        MBPP,
+        [
+            PromptRow(
+                (MBPP_ASKED,),
+                HERE,
+                verifier="code",
+                arguments={"tests": MBPP["test_list"], "setup": "x = 2"},
+                task="mbpp",
+            )
+        ],
+    ),
+    (
+        "mbpp",
+        "chat",
+        MBPP,
+        [ChatRow((MBPP_ASKED, assistant("```python\ndef square(n):\n  return n * n\n```")), HERE)],
+    ),
+    (
+        "humaneval",
+        "auto",
+        HUMANEVAL,
+        [
+            PromptRow(
+                (user(f"Complete this function.\n```python\n{HEAD.rstrip()}\n```"),),
+                HERE,
+                verifier="code",
+                arguments={
+                    "tests": [f"{CHECK}\n\ncheck(square)\n"],
+                    "prefix": HEAD,
+                    "entry_point": "square",
+                },
+                task="humaneval",
+            )
+        ],
+    ),
+    (
+        "nq_open",
+        "auto",
+        NQ_OPEN,
+        [
+            PromptRow(
+                (user("when was it?"),),
+                HERE,
+                "14 December 1972",
+                "facts",
+                {"answers": NQ_OPEN["answer"]},
+                "nq_open",
             )
         ],
     ),
@@ -347,7 +415,9 @@ BROKEN: list[tuple[dict[str, Any] | list, str]] = [
     ({"prompt": "2?", "difficulty": "hard"}, r"difficulty = 'hard', expected float"),
     ({"prompt": "2?", "arguments": [1]}, r"arguments = \[1\], expected dict"),
     ({"question": "2?", "answer": "four"}, r"answer 'four' does not end in '#### number'"),
-    ({"question": "2?", "answer": ["4"]}, r"answer is list \['4'\], expected text"),
+    ({"question": "2?", "answer": 4}, r"answer is int 4, expected text"),
+    ({"question": "2?", "answer": []}, r"answer = \[\], expected a list of names"),
+    (MBPP | {"test_list": "x"}, r"test_list = 'x', expected a list of Python texts"),
     (SVAMP | {"Answer": "51"}, r"Answer = '51', expected a number"),
     ({"problem": "x?", "answer": "0", "difficulty": 9}, r"difficulty = 9, expected a level from 1"),
     (PANDALM | VOTES | {"annotator3": 4}, r"annotator1 to 3 are \[1, 1, 4\], expected 0 \(tie\)"),
