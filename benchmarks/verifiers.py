@@ -29,7 +29,7 @@ from align.data.benchmarks import gsm8k, mbpp
 from align.data.files import parse, read_file
 from align.data.records import Reading
 from align.data.rows import ChatRow, Origin, PromptRow
-from reward.sandbox import Sandbox, SandboxConfig
+from reward.sandbox import Limits, Sandbox, SandboxConfig
 from reward.types import Item, Verdict
 from reward.verifiers import verify
 from reward.verifiers.code import extract_program
@@ -154,7 +154,9 @@ def run_plainly(item: Item, sandbox: Sandbox) -> bool:
 
 
 def judge_programs(path: Path, num_rows: int, threads: int, console: Console) -> None:
-    sandbox = Sandbox(SandboxConfig(max_parallel=threads))
+    # Many mutants loop for ever, and no reference computes for a second.
+    limits = Limits(cpu_s=1, wall_s=10.0)
+    sandbox = Sandbox(SandboxConfig(limits=limits, max_parallel=threads))
     console.print(f"isolation: {sandbox.isolation.name} {sandbox.isolation.missing}")
     tried = list(trials(path, num_rows))
     began = time.perf_counter()

@@ -19,6 +19,7 @@ import builtins
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from reward.types import Item, Verdict
 # Longest answer of one call into the program.
 CALL_LIMIT_S = 5.0
 _FENCE = re.compile(
-    r"^[ \t]*(?P<fence>```+|~~~+)[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)"
+    r"^(?P<indent>[ \t]*)(?P<fence>```+|~~~+)[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)"
     r"(?:^[ \t]*(?P=fence)[ \t]*$|\Z)",
     re.MULTILINE | re.DOTALL,
 )
@@ -96,7 +97,7 @@ def extract_program(response: str, names: frozenset[str] = frozenset()) -> str:
         'x = 1\\n'
     """
     blocks = [
-        match["body"]
+        textwrap.dedent(match["body"]) if match["indent"] else match["body"]
         for match in _FENCE.finditer(response)
         if match["language"].lower() in _LANGUAGES
     ]
@@ -108,8 +109,9 @@ def extract_program(response: str, names: frozenset[str] = frozenset()) -> str:
 def _defines(body: str, names: frozenset[str]) -> bool:
     # A pattern, not a parser: a parser can be made to fail by what it reads.
     any_name = "|".join(map(re.escape, sorted(names)))
-    pattern = rf"^(?:(?:async\s+)?def\s+|class\s+)?(?:{any_name})\b\s*[(:=]"
-    return bool(names) and re.search(pattern, body, re.MULTILINE) is not None
+    named = rf"(?:{any_name})(?!\w)[ \t]*"
+    forms = rf"(?:async[ \t]+)?def[ \t]+{named}\(|class[ \t]+{named}[(:]|{named}(?::[^=\n]*)?=(?!=)"
+    return bool(names) and re.search(rf"^[ \t]*(?:{forms})", body, re.MULTILINE) is not None
 
 
 @dataclass(frozen=True)

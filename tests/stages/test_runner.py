@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import pytest
 
+from reward.sandbox import SandboxConfig
 from stages.artifact import Artifact
 from stages.lock import locked
+from stages.recipe import Stage
 from stages.runner import Report, climb
 from tests.stages.fakes import LADDER, ground, load
 
@@ -227,3 +230,25 @@ def test_the_manifest_says_what_the_artifact_is_made_of(recipe: Path):
     assert manifest.parents["start"].digest == Artifact.open(at / "sft-long/artifact").digest
     assert manifest.data == [{"name": "rows", "licence": "MIT"}]
     assert manifest.versions["torch"]
+
+
+def test_the_recipes_sandbox_reaches_stages_and_evals(recipe: Path, monkeypatch):
+    recipe.write_text(recipe.read_text() + "sandbox: {allow_unisolated: true, max_parallel: 3}\n")
+    wanted = SandboxConfig(allow_unisolated=True, max_parallel=3)
+    loaded = load(recipe)
+    assert loaded.head.sandbox == wanted
+    assert loaded.resolved()["sandbox"]["max_parallel"] == 3
+    seen: list[object] = []
+    place = ground(recipe.parent)
+
+    def watched(config, **given):
+        seen.append(given["sandbox"])
+        return place.run_eval(config, **given)
+
+    run_stage = Stage.run
+    monkeypatch.setattr(
+        Stage, "run", lambda s, job: (seen.append(job.sandbox), run_stage(s, job))[1]
+    )
+    climb(loaded, dataclasses.replace(place, run_eval=watched))
+    assert len(seen) > len(loaded.stages)
+    assert all(each == wanted for each in seen)

@@ -119,7 +119,7 @@ def _proportional(process: str) -> int:
         with open(f"/proc/{process}/smaps_rollup") as file:
             return sum(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))
     except OSError:
-        # It hid itself, or it has just ended.
+        # It hid itself, has just ended, or is another user's, as where the host is root.
         return _resident(process)
 
 
