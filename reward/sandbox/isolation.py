@@ -44,12 +44,15 @@ class Isolation:
     name: Name
     missing: str = ""
 
-    def command(self, limits: Limits, *, uid: int | None, filter_fd: int) -> list[str]:
+    def command(
+        self, limits: Limits, *, uid: int | None, filter_fd: int, info_fd: int
+    ) -> list[str]:
         """What stands before the interpreter's own arguments.
 
         Args:
             uid: the program's user id where this process is root.
             filter_fd: descriptor from which the seccomp filter is read.
+            info_fd: descriptor to which the number of process 1 inside is written, as JSON.
         """
         python = [os.path.realpath(sys.executable), "-P", "-s", "-S", "-B"]
         if self.name == "none":
@@ -63,6 +66,7 @@ class Isolation:
             *(_bubblewrap(), "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"),
             *("--unshare-cgroup-try", "--die-with-parent", "--as-pid-1", "--new-session"),
             *("--cap-drop", "ALL", *user, "--seccomp", str(filter_fd), "--hostname", "sandbox"),
+            *("--info-fd", str(info_fd)),
             *("--clearenv", "--setenv", "HOME", "/tmp", "--setenv", "PATH", "/usr/bin:/bin"),
             *("--setenv", "LANG", "C.UTF-8", "--setenv", "PYTHONHASHSEED", "0"),
             *("--setenv", "MALLOC_ARENA_MAX", "1"),

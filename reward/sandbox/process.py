@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import resource
+import select
 import subprocess
 import tempfile
 import time
@@ -65,14 +66,17 @@ class Process:
         self._ended_at = 0.0
         self._kept = contextlib.ExitStack()
         status, own_status = os.pipe()
+        self._info, own_info = os.pipe()
         try:
-            self._child = self._start(task, own_status)
+            self._child = self._start(task, own_status, own_info)
         except BaseException:
             os.close(status)
+            os.close(self._info)
             self._kept.close()
             raise
         finally:
             os.close(own_status)
+            os.close(own_info)
         assert self._child.stdout is not None
         assert self._child.stderr is not None
         self.descriptors = {
@@ -123,8 +127,13 @@ class Process:
         if self._isolation.name == "none":
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._child.pid, 9)
-        # bubblewrap's end is the end of process 1 inside, and so of all that runs there.
-        self._child.kill()
+        inside = self._first_inside()
+        if inside and self._child.poll() is None:
+            # Its end is the end of all that runs inside; bubblewrap then reaps it and ends itself.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(inside, 9)
+        else:
+            self._child.kill()
 
     def close(self) -> Outcome:
         """Waits for the end and says how it was."""
@@ -132,6 +141,7 @@ class Process:
             if pipe is not None:
                 pipe.close()
         os.close(self._status)
+        os.close(self._info)
         try:
             code = self._child.wait(KILL_LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -141,12 +151,21 @@ class Process:
             self._kept.close()
         return self._outcome(code)
 
+    def _first_inside(self) -> int:
+        """Number of process 1 inside, as the host counts; 0 if there is none yet."""
+        if not select.select([self._info], [], [], 0)[0]:
+            return 0
+        try:
+            return int(json.loads(os.read(self._info, READ_BYTES))["child-pid"])
+        except (ValueError, KeyError):
+            return 0
+
     def _note_start(self) -> None:
         if not self._has_started and b"\n" in self._output["status"]:
             # Setting up the sandbox is not the program's time.
             self._has_started, self._started_at = True, time.monotonic()
 
-    def _start(self, task: Task, status: int) -> subprocess.Popen[bytes]:
+    def _start(self, task: Task, status: int, info: int) -> subprocess.Popen[bytes]:
         is_isolated = self._isolation.name != "none"
         uid = None
         if is_isolated and os.geteuid() == 0:
@@ -163,7 +182,9 @@ class Process:
                 folder = self._kept.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-"))
             return subprocess.Popen(
                 [
-                    *self._isolation.command(task.limits, uid=uid, filter_fd=filter_in),
+                    *self._isolation.command(
+                        task.limits, uid=uid, filter_fd=filter_in, info_fd=info
+                    ),
                     *("-c", _text("supervisor"), str(status)),
                 ],
                 stdin=spec,
@@ -173,7 +194,7 @@ class Process:
                 cwd=folder or "/",
                 env={"PYTHONHASHSEED": "0"},
                 start_new_session=True,
-                pass_fds=(status, filter_in, *task.channel),
+                pass_fds=(status, filter_in, *([info] if is_isolated else []), *task.channel),
             )
         finally:
             os.close(filter_in)
