@@ -154,8 +154,8 @@ def run_plainly(item: Item, sandbox: Sandbox) -> bool:
 
 
 def judge_programs(path: Path, num_rows: int, threads: int, console: Console) -> None:
-    # Many mutants loop for ever, and no reference computes for a second.
-    limits = Limits(cpu_s=1, wall_s=10.0)
+    # Many mutants loop for ever; the slowest reference computes for a second or two.
+    limits = Limits(cpu_s=3, wall_s=15.0)
     sandbox = Sandbox(SandboxConfig(limits=limits, max_parallel=threads))
     console.print(f"isolation: {sandbox.isolation.name} {sandbox.isolation.missing}")
     tried = list(trials(path, num_rows))
