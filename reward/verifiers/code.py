@@ -28,8 +28,8 @@ from reward.sandbox import Outcome, Sandbox, shared_sandbox
 from reward.sandbox.process import Task
 from reward.types import Item, Verdict
 
-# Longest answer of one call into the program.
-CALL_LIMIT_S = 5.0
+# Longest answer of one call into the program, by the wall clock: as long as the default CPU limit.
+CALL_LIMIT_S = 10.0
 _FENCE = re.compile(
     r"^(?P<indent>[ \t]*)(?P<fence>```+|~~~+)[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)"
     r"(?:^[ \t]*(?P=fence)[ \t]*$|\Z)",

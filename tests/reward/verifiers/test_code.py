@@ -9,6 +9,7 @@ import pytest
 from reward.sandbox import Isolation, Sandbox, runner
 from reward.sandbox.limits import Limits, SandboxConfig
 from reward.types import Item, Verdict
+from reward.verifiers import code as code_rule
 from reward.verifiers import verify, verify_all
 from reward.verifiers.code import extract_program
 from tests.reward.sandbox.conftest import sandbox as sandbox
@@ -217,11 +218,11 @@ def test_helpers_of_the_prefix_are_not_the_programs_to_change(sandbox, helper):
     assert judge(sandbox, program, **HUMAN).value == 0.5
 
 
-@pytest.mark.slow
-def test_a_call_that_hangs_costs_only_its_own_test(sandbox):
+def test_a_call_that_hangs_costs_only_its_own_test(sandbox, monkeypatch):
+    monkeypatch.setattr(code_rule, "CALL_LIMIT_S", 1.0)
     verdict = judge(sandbox, "def square(n):\n    while n == 3: pass\n    return n * n")
     assert verdict == Verdict(
-        2 / 3, reason="2 of 3 tests passed; square(3) == 9: FaultError: no answer in 5 s"
+        2 / 3, reason="2 of 3 tests passed; square(3) == 9: FaultError: no answer in 1 s"
     )
 
 
