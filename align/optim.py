@@ -201,8 +201,8 @@ class WideAdamW(Optimizer):
         ours = [p for group in self.param_groups for p in group["params"]]
         theirs = [index for group in state_dict["param_groups"] for index in group["params"]]
         for parameter, index in zip(ours, theirs, strict=True):
-            kept = state_dict["state"].get(index, {})
-            self.state[parameter] = {k: v.to(parameter.device) for k, v in kept.items()}
+            if kept := state_dict["state"].get(index):
+                self.state[parameter] = {k: v.to(parameter.device) for k, v in kept.items()}
 
 
 def _local(x: Tensor) -> Tensor:

@@ -311,8 +311,10 @@ class Operations(NamedTuple):
 _LIGHTNING_BLOCK = 64
 
 
-def count_operations(config: HybridConfig, lengths: Sequence[int]) -> Operations:
-    """Operations that a forward pass over packed sequences needs, the LM head included.
+def count_operations(
+    config: HybridConfig, lengths: Sequence[int], *, has_head: bool = True
+) -> Operations:
+    """Operations that a forward pass over packed sequences needs.
 
     A lightning head makes 4 D (D + B / 2) a token: the state read and written, and half a block of
     B = 64 tokens; a softmax head 4 D a pair of tokens that see each other. Router and head count,
@@ -320,6 +322,7 @@ def count_operations(config: HybridConfig, lengths: Sequence[int]) -> Operations
 
     Args:
         lengths: tokens of each sequence.
+        has_head: whether the LM head follows the trunk.
 
     Example:
         >>> at = [count_operations(preset("base"), [n]).training / n for n in (8192, 262_144)]
@@ -330,7 +333,7 @@ def count_operations(config: HybridConfig, lengths: Sequence[int]) -> Operations
     kv_width = config.num_key_value_heads * config.head_dim
     expert = 3 * size * config.intermediate_size * config.num_experts_per_tok
     tokens = sum(lengths)
-    weights, mixing = config.vocab_size * size, 0
+    weights, mixing = config.vocab_size * size if has_head else 0, 0
     for layer, kind in enumerate(config.layer_types):
         weights += expert + config.num_local_experts * size
         if kind == "linear_attention":

@@ -190,9 +190,7 @@ def test_resumed_bf16_weights_are_bit_identical(tmp_path: Path, weights: str) ->
     first, second = build(0), build(1)
     advance(first, range(3))
     progress = checkpoint.Progress(step=3, course={}, state={})
-    path = checkpoint.save(
-        tmp_path, first, progress, config="{}", keep=1, accelerator=accelerator
-    )
+    path = checkpoint.save(tmp_path, first, progress, config="{}", keep=1, accelerator=accelerator)
     advance(first, range(3, 6))
     checkpoint.load(path, second, config="{}", accelerator=accelerator)
     for parameter in second.model.parameters():

@@ -74,7 +74,9 @@ def test_selective_computes_no_projection_and_no_softmax_again() -> None:
         seen = operations(kind)
         qkv[kind] = seen["mm", QKV]
         attentions[kind] = sum(n for (name, _), n in seen.items() if name.endswith("_for_cpu"))
-        gate_up[kind] = sum(n for (name, out), n in seen.items() if (name, out[1:]) == ("mm", (320,)))
+        gate_up[kind] = sum(
+            n for (name, out), n in seen.items() if (name, out[1:]) == ("mm", (320,))
+        )
     assert qkv == {"none": 2, "selective": 2, "full": 4}
     assert attentions["none"] == attentions["selective"] > 0
     assert attentions["full"] == 2 * attentions["none"]
