@@ -1,11 +1,13 @@
 """One training step of a preset on one GPU: ours beside transformers' `minimax`.
 
-Run: PYTHONPATH=. python benchmarks/train_step.py [--tokens 8192 32768] [--profile]
+Run: PYTHONPATH=. python benchmarks/train_step.py [--tokens 8192 32768] [--profile 30] [--compile]
 
 Both models have the same shape and random bf16 weights and take turns in one process, each alone on
-the device; forward + backward with the router's balance loss, then the optimizer's step beside it.
-Times are medians on the wall, device awaited at the end of a step. Peak memory counts weights,
-gradients and activations, no optimizer.
+the device; forward + backward with the router's balance loss, then the same with a step of torch's
+AdamW. Times are medians on the wall, the device awaited at the end; "host" is when the last launch
+returned, so that host = total says that the host is what limits. Peak memory counts weights,
+gradients and activations, no optimizer. MFU is of forward + backward, by `count_operations`.
+`--optimizers` times the step of each way to keep weights (optim.weights).
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
+from align.optim import OptimConfig, build_optimizer
+from align.throughput import named_peak
 from model import HybridConfig, HybridForCausalLM, Packed
-from model.config import PRESETS, count_parameters, preset
+from model.checkpointing import Checkpointing
+from model.config import PRESETS, count_operations, count_parameters, preset
 
 DEVICE = torch.device("cuda")
 PASSES = 5
@@ -106,6 +111,11 @@ def their_model(config: HybridConfig) -> MiniMaxForCausalLM:
     return build(MiniMaxForCausalLM, theirs)
 
 
+def with_checkpointing(model: HybridForCausalLM, kind: Checkpointing) -> HybridForCausalLM:
+    model.model.checkpointing = kind
+    return model
+
+
 def timed(work: Callable[[], object]) -> tuple[float, float]:
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -148,11 +158,12 @@ def measure(model: nn.Module, run: Pass, passes: int = PASSES) -> Measured:
     )
 
 
-def show(name: str, tokens: int, found: Measured) -> None:
+def show(name: str, operations: float, tokens: int, found: Measured) -> None:
+    mfu = operations / found.seconds / named_peak(torch.cuda.get_device_name())
     say(
-        f"  {name:>16}: {found.seconds * 1e3:8.1f} ms {tokens / found.seconds / 1e3:6.1f}k tok/s, "
-        f"step {tokens / found.with_step / 1e3:6.1f}k, host {found.host_seconds * 1e3:.0f} ms, "
-        f"peak {found.peak_bytes / 1e9:.1f} GB"
+        f"  {name:>15}: {found.seconds * 1e3:7.1f} ms {tokens / found.seconds / 1e3:6.1f}k tok/s "
+        f"MFU {mfu:.2f}, step {tokens / found.with_step / 1e3:6.1f}k, "
+        f"host {found.host_seconds * 1e3:4.0f} ms, peak {found.peak_bytes / 1e9:5.1f} GB"
     )
 
 
@@ -163,9 +174,8 @@ def free() -> None:
 
 def profiled(run: Pass, rows: int) -> None:
     """Where the device's time of one pass goes, kernel by kernel."""
-    run()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, acc_events=True) as profiler:
         run()
         torch.cuda.synchronize()
     kernels = [
@@ -177,34 +187,72 @@ def profiled(run: Pass, rows: int) -> None:
     say(f"  kernels {total / 1e3:.1f} ms together")
     for event in sorted(kernels, key=lambda e: -e.self_device_time_total)[:rows]:
         spent = event.self_device_time_total
-        say(f"  {spent / 1e3:8.2f} ms {spent / total:6.1%} x{event.count:<5} {event.key[:110]}")
+        say(f"  {spent / 1e3:8.2f} ms {spent / total:6.1%} x{event.count:<5} {event.key[:100]}")
 
 
-def compare(config: HybridConfig, sizes: Sequence[int], peer: bool, rows: int) -> None:
+def compare(config: HybridConfig, options: argparse.Namespace) -> None:
     ours = build(HybridForCausalLM, config)
-    seen: dict[int, Measured] = {}
-    for tokens in sizes:
+    fastest: dict[int, float] = {}
+    for tokens in options.tokens:
         say(f"{tokens} tokens")
-        for name, lengths in (("one", [tokens]), ("packed", log_normal_lengths(tokens))):
-            run = our_pass(ours, pack(lengths, config.vocab_size))
-            found = measure(ours, run)
-            seen.setdefault(tokens, found)
-            show(f"ours, {name}", tokens, found)
-            free()
-        if rows:
-            profiled(our_pass(ours, pack([tokens], config.vocab_size)), rows)
+        for kind in ("none", "selective", "full"):
+            for name, lengths in (("one", [tokens]), ("packed", log_normal_lengths(tokens))):
+                if name == "packed" and kind != "none":
+                    continue
+                run = our_pass(with_checkpointing(ours, kind), pack(lengths, config.vocab_size))
+                found = measure(ours, run)
+                fastest.setdefault(tokens, found.seconds)
+                show(f"{kind}, {name}", count_operations(config, lengths).training, tokens, found)
+                free()
+        if options.profile:
+            one = pack([tokens], config.vocab_size)
+            profiled(our_pass(with_checkpointing(ours, "none"), one), options.profile)
             ours.zero_grad(set_to_none=True)
             free()
+    if options.compile:
+        compiled(ours, options.tokens)
     del ours, run
     free()
-    if not peer:
+    if options.no_peer:
         return
     theirs = their_model(config)
-    for tokens in sizes:
-        found = measure(theirs, their_pass(theirs, pack([tokens], config.vocab_size)), 3)
+    for tokens in options.tokens:
         say(f"{tokens} tokens")
-        show("transformers", tokens, found)
-        say(f"  {'ratio':>16}: {found.seconds / seen[tokens].seconds:.2f}")
+        found = measure(theirs, their_pass(theirs, pack([tokens], config.vocab_size)), 3)
+        show("transformers", count_operations(config, [tokens]).training, tokens, found)
+        say(f"  {'ratio':>15}: {found.seconds / fastest[tokens]:.2f}")
+        free()
+
+
+def compiled(model: HybridForCausalLM, sizes: Sequence[int]) -> None:
+    """Each block under torch.compile; the seconds that compiling took beside it."""
+    for layer in with_checkpointing(model, "none").model.layers:
+        layer.compile(dynamic=False)
+    for tokens in sizes:
+        run = our_pass(model, pack([tokens], model.config.vocab_size))
+        seconds = timed(run)[0]
+        found = measure(model, run)
+        say(f"{tokens} tokens, compiled in {seconds:.0f} s")
+        operations = count_operations(model.config, [tokens]).training
+        show("compiled, one", operations, tokens, found)
+        free()
+
+
+def optimizers(config: HybridConfig) -> None:
+    say("optimizer step alone")
+    for weights in ("fp32", "bf16_master", "bf16_stochastic"):
+        model = build(HybridForCausalLM, config)
+        if weights == "fp32":
+            model.float()
+        optimizer, _ = build_optimizer(model, OptimConfig(weights=weights), 10)
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        optimizer.step()
+        torch.cuda.reset_peak_memory_stats()
+        spent = statistics.median(timed(optimizer.step)[0] for _ in range(PASSES))
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        say(f"  {weights:>15}: {spent * 1e3:7.1f} ms, peak {peak:5.1f} GB")
+        del model, optimizer, parameter
         free()
 
 
@@ -213,6 +261,8 @@ def main() -> None:
     parser.add_argument("--preset", default="base", choices=tuple(PRESETS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32_768])
     parser.add_argument("--profile", type=int, default=0, help="rows of kernels to print")
+    parser.add_argument("--compile", action="store_true", help="also under torch.compile")
+    parser.add_argument("--optimizers", action="store_true", help="only the optimizers' steps")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     options = parser.parse_args()
     config = preset(options.preset)
@@ -221,7 +271,10 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, {options.preset}: "
         f"{total / 1e9:.2f}B parameters, {active / 1e9:.2f}B active"
     )
-    compare(config, options.tokens, not options.no_peer, options.profile)
+    if options.optimizers:
+        optimizers(config)
+    else:
+        compare(config, options)
 
 
 if __name__ == "__main__":
