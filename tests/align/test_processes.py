@@ -77,7 +77,12 @@ if kind == "dpo":
     course = stopping(DpoCourse)(data, accelerator, reference=model, config=config)
 else:
     precision = "fp32" if optim.weights == "fp32" else "bf16"
-    config = TrainConfig(optim=optim, save_every_steps=2, precision=precision)
+    config = TrainConfig(
+        optim=optim,
+        save_every_steps=2,
+        precision=precision,
+        checkpointing="selective" if kind == "fsdp" else "none",
+    )
     course = stopping(LmCourse)(PackedData(small.examples(7), **shape), accelerator)
     if kind == "poisoned":
         shared = LmCourse.loss
