@@ -28,7 +28,8 @@ from align.lora import LoraConfig
 from align.losses.types import Loss
 from align.metrics import Meter, MetricsWriter, Tracker, read
 from align.optim import OptimConfig, build_optimizer
-from align.throughput import peak_operations, trained_operations
+from align.peaks import peak_operations
+from align.throughput import trained_operations
 from align.update import Precision, Updater, host_group
 from model import HybridModel
 from model.checkpointing import Checkpointing

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from align.optim import OptimConfig, build_optimizer
+from align.wide_adamw import WideAdamW
 from benchmarks.train_step import DEVICE, build, say
 from model import HybridConfig, HybridForCausalLM, Packed
 from model.config import PRESETS, preset
@@ -64,8 +64,8 @@ def batches(steps: int, vocabulary: int) -> list[Tensor]:
 
 def losses(config: HybridConfig, data: list[Tensor]) -> list[float]:
     model = build(HybridForCausalLM, config)
-    optim = OptimConfig(lr=1e-3, warmup_steps=10, weights="bf16_master")
-    optimizer, schedule = build_optimizer(model, optim, len(data))
+    optimizer = WideAdamW(model.parameters(), lr=1e-3, is_stochastic=False)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
     positions = torch.arange(LENGTH, device=DEVICE).repeat(SEQUENCES)
     weights = torch.ones(SEQUENCES, LENGTH, device=DEVICE)
     weights[:, -1] = 0
@@ -80,7 +80,7 @@ def losses(config: HybridConfig, data: list[Tensor]) -> list[float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        schedule.step()
+        warmup.step()
         seen.append(loss.detach())
     return torch.stack(seen).tolist()
 

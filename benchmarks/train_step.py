@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
-from align.optim import OptimConfig, build_optimizer
-from align.throughput import named_peak
+from align.peaks import named_peak
+from align.wide_adamw import WideAdamW
 from model import HybridConfig, HybridForCausalLM, Packed
 from model.checkpointing import Checkpointing
 from model.config import PRESETS, count_operations, count_parameters, preset
@@ -242,9 +242,12 @@ def optimizers(config: HybridConfig) -> None:
     say("optimizer step alone")
     for weights in ("fp32", "bf16_master", "bf16_stochastic"):
         model = build(HybridForCausalLM, config)
+        optimizer: torch.optim.Optimizer
         if weights == "fp32":
-            model.float()
-        optimizer, _ = build_optimizer(model, OptimConfig(weights=weights), 10)
+            optimizer = torch.optim.AdamW(model.float().parameters(), lr=1e-6, fused=True)
+        else:
+            is_stochastic = weights == "bf16_stochastic"
+            optimizer = WideAdamW(model.parameters(), lr=1e-6, is_stochastic=is_stochastic)
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 1e-3)
         optimizer.step()

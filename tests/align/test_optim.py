@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from align import checkpoint
-from align.optim import OptimConfig, WideAdamW, build_optimizer, lr_factor, round_at_random
+from align.optim import OptimConfig, build_optimizer, lr_factor
+from tests.align.test_wide_adamw import set_gradients, small_net
 
 
 def rates(config: OptimConfig, num_steps: int) -> list[float]:
@@ -95,80 +95,6 @@ def test_clip_of_zero_is_allowed_and_negative_is_not() -> None:
     assert OptimConfig(clip_norm=0).clip_norm == 0
     with pytest.raises(ValidationError, match="clip_norm"):
         OptimConfig(clip_norm=-1)
-
-
-# bf16 weights
-
-
-def small_net(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3, dtype=torch.float32))
-
-
-def wide(model: nn.Module, is_stochastic: bool, **changes: float) -> WideAdamW:
-    keys = {"lr": 1e-2, "weight_decay": 0.1, **changes}
-    return WideAdamW(model.parameters(), is_stochastic=is_stochastic, **keys)
-
-
-def set_gradients(model: nn.Module, step: int) -> None:
-    generator = torch.Generator().manual_seed(step)
-    for parameter in model.parameters():
-        drawn = torch.randn(parameter.shape, generator=generator).bfloat16()
-        parameter.grad = drawn.to(parameter.dtype)
-
-
-@pytest.mark.parametrize("is_stochastic", [False, True])
-def test_fp32_weights_and_masters_follow_torch(is_stochastic: bool) -> None:
-    """bf16 gradients are exact in fp32, so masters and fp32 weights meet torch's bit for bit."""
-    model = small_net()
-    model[0].bfloat16()
-    exact = copy.deepcopy(model).float()
-    optimizer = wide(model, is_stochastic)
-    theirs = torch.optim.AdamW(exact.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
-    for step in range(5):
-        set_gradients(model, step)
-        set_gradients(exact, step)
-        optimizer.step()
-        theirs.step()
-    for ours, reference in zip(model.parameters(), exact.parameters(), strict=True):
-        if ours.dtype == torch.float32:
-            assert torch.equal(ours, reference)
-        elif is_stochastic:
-            assert "master" not in optimizer.state[ours]
-            assert (ours.float() - reference).abs().max() < 0.02
-        else:
-            assert torch.equal(optimizer.state[ours]["master"], reference)
-            assert torch.equal(ours, reference.bfloat16())
-
-
-def test_small_updates_survive_stochastic_rounding_in_the_mean() -> None:
-    """Steps of 1e-4 round away from 1 in bf16, whose neighbours are 0.4 and 0.8 percent off."""
-    weight = nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
-    optimizer = WideAdamW([weight], lr=1e-4, is_stochastic=True)
-    for _ in range(20):
-        weight.grad = torch.ones_like(weight)
-        optimizer.step()
-    moved = 1 - weight.float()
-    # 20 steps of at most 2^-8, each with a chance: the mean's deviation is below 5e-6 * sqrt(20)
-    assert float(moved.mean()) == pytest.approx(20e-4, abs=6e-5)
-    assert len(weight.unique()) > 1
-
-
-def test_rounding_keeps_what_bf16_holds_and_draws_by_update_and_place() -> None:
-    held = torch.tensor([0.0, -1.5, 3.0e38, 1e-39]).bfloat16()
-    generator = torch.Generator().manual_seed(0)
-    assert torch.equal(round_at_random(held.float(), generator), held)
-    twins = nn.Module()
-    twins.first, twins.second = (nn.Parameter(torch.ones(64).bfloat16()) for _ in range(2))
-    optimizer, first = wide(twins, True, lr=1e-3), []
-    for _ in range(2):
-        for parameter in twins.parameters():
-            parameter.data.fill_(1)
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        first.append(twins.first.detach().clone())
-    assert not torch.equal(twins.first, twins.second)
-    assert not torch.equal(*first)
 
 
 @pytest.mark.parametrize("weights", ["bf16_master", "bf16_stochastic"])

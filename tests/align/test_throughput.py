@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from align import loop, throughput
+from align import loop, peaks
 from align.loop import TrainConfig, train
 from align.lora import LoraConfig, apply_lora
-from align.throughput import named_peak, peak_operations, trained_operations
+from align.peaks import named_peak, peak_operations
+from align.throughput import trained_operations
 from model.config import count_operations
 from reward.hierarchy import HIERARCHY
 from reward.model import RewardModel
@@ -20,7 +21,7 @@ from tests.align.test_loop import Course, data, lines
 
 
 def test_examples_run() -> None:
-    assert doctest.testmod(throughput).failed == 0
+    assert doctest.testmod(peaks).failed == 0
 
 
 def test_peaks_by_name() -> None:

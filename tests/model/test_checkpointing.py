@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import HybridForCausalLM, Packed, preset
 from model.checkpointing import Checkpointing
+from tests.helpers import TOLERANCE, assert_close
 
 LENGTHS = [70, 1, 33, 64]
 QKV = (sum(LENGTHS), 3 * 4 * 32)
@@ -25,7 +26,8 @@ def backward(model: HybridForCausalLM) -> tuple[dict[str, torch.Tensor], tuple[t
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 1024, (sum(LENGTHS),), generator=generator)
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
-    out = model(packed=Packed(tokens, positions, tuple(LENGTHS)), targets=tokens.roll(-1))
+    packed = Packed(tokens, positions, tuple(LENGTHS)).to(model.device)
+    out = model(packed=packed, targets=packed.tokens.roll(-1))
     (out.aux_loss - out.logprobs.mean()).backward()
     return {n: p.grad for n, p in model.named_parameters()}, out.router_logits
 
@@ -98,3 +100,22 @@ def test_nothing_is_computed_again_outside_of_training() -> None:
     with Operations() as counted:
         backward(model)
     assert counted.seen["mm", QKV] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_on_cuda_gradients_agree_and_nothing_waits_for_the_device(kind: Checkpointing) -> None:
+    plain, _ = backward(build(torch.bfloat16).cuda())
+    model = build(torch.bfloat16).cuda()
+    model.model.checkpointing = kind
+    # the first pass compiles and makes tables
+    backward(model)
+    model.zero_grad()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found, _ = backward(model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, gradient in plain.items():
+        assert_close(name, found[name], gradient, TOLERANCE[torch.bfloat16])
