@@ -9,13 +9,15 @@
 What is worth keeping is time over bytes. An output of a projection costs 2 C operations a number,
 3.4 ms a GB at C = 2048 and 600 TFLOP/s whatever its width, so only the sum of what is kept matters;
 softmax attention at 32k tokens costs twenty times that, lightning attention and everything
-elementwise less.
-The experts' [g | u], [K T, 2F], is the widest of all and is not kept; their outputs are not needed
-by backward, so neither half computes its last product twice.
+elementwise less. The experts' [g | u], [K T, 2F], is the widest of all and is not kept; their
+outputs are not needed by backward and are not computed twice.
 
 At T tokens in bf16 a lightning layer of H D = C keeps 14 C T bytes under `selective` (x, qkv, gate,
-projected output, normed), and 2 C T under `full`. The experts choose from what is kept and not from
-what is computed again, so that no token changes its expert between forward and backward.
+projected output, normed), and 2 C T under `full`: on paper the `base` preset at 32,768 tokens peaks
+at 3.8 GB of weights, 7.3 kept and 4.5 of one layer's experts, 16 GB in all.
+
+The experts choose from what is kept and not from what is computed again, so that no token changes
+its expert between forward and backward.
 """
 
 from __future__ import annotations

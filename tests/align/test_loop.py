@@ -242,6 +242,8 @@ def test_bf16_keeps_fp32_weights_and_learns(tmp_path: Path) -> None:
     train(Course(data(epochs=4)), model, config=config, job=small.job(tmp_path))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     written = lines(tmp_path)
+    # nobody knows what a CPU could do
+    assert "mfu" not in written[-1]
     assert written[-1]["loss"] < written[0]["loss"]
 
 
