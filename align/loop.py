@@ -5,30 +5,34 @@ What an update is stands in align/update.py, what differs between kinds in their
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from transformers import PreTrainedModel
 
 from align import checkpoint
 from align.course import Course, Job
 from align.data.batch import Batch
 from align.lora import LoraConfig
 from align.losses.types import Loss
-from align.metrics import Meter, MetricsWriter, Tracker
+from align.metrics import Meter, MetricsWriter, Tracker, read
 from align.optim import OptimConfig, build_optimizer
-from align.update import Precision, Updater
+from align.peaks import peak_operations
+from align.throughput import trained_operations
+from align.update import Precision, Updater, host_group
+from model import HybridModel
+from model.checkpointing import Checkpointing
 
 
 class TrainConfig(BaseModel):
@@ -55,9 +59,10 @@ class TrainConfig(BaseModel):
     lora: LoraConfig | None = None
     """Adapters to train instead of the weights; absent means full training."""
     precision: Precision = "fp32"
-    """Type of the forward and backward pass; trained weights and their updates stay fp32."""
-    gradient_checkpointing: bool = False
-    """Recompute each block's activations in the backward pass."""
+    """Type of the forward and backward pass; what is trained and updated says optim.weights."""
+    checkpointing: Checkpointing = "none"
+    """What backward computes again: nothing; all but projections and softmax attention
+    (selective), or each whole block (full)."""
     save_every_steps: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0 writes none."""
     keep_checkpoints: int = Field(default=1, ge=1)
@@ -71,6 +76,20 @@ class TrainConfig(BaseModel):
     backend: Literal["native", "trl"] = "native"
     """Whose trainer runs the stage."""
 
+    @property
+    def has_autocast(self) -> bool:
+        """Whether forward and backward run in bf16 on wider weights."""
+        return self.precision == "bf16" and self.optim.weights == "fp32"
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.optim.weights != "fp32" and (self.precision != "bf16" or self.lora is not None):
+            raise ValueError(
+                f"optim.weights = {self.optim.weights} needs precision: bf16 and no lora (adapters "
+                "are small enough for fp32); set it to fp32"
+            )
+        return self
+
 
 @dataclass
 class _Run:
@@ -83,6 +102,7 @@ class _Run:
     meter: Meter = field(default_factory=Meter)
     tokens: float = 0.0
     trained_tokens: float = 0.0
+    operations: float = 0.0
     seconds: float = 0.0
     last: dict[str, float] = field(default_factory=dict)
 
@@ -102,23 +122,26 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
         job: folder, seed and accelerator.
 
     Returns: the last line of metrics: loss, grad_norm, lr, tokens (all tokens of the run so far),
-        trained_tokens, seconds, step, and whatever the losses measured.
+        trained_tokens, seconds, tokens_per_s, step, and whatever the losses measured; under bf16
+        on a known device also mfu, the share of the devices' dense bf16 peak that forward and
+        backward of the trained model used, over all the time of the steps, sampling included.
 
     Raises:
-        ValueError: if nothing is trained, the accelerator accumulates gradients by itself, or
-            shards in a way that is not supported: DeepSpeed, FSDP 1, adapters under FSDP.
+        ValueError: if nothing is trained, weights are not as optim.weights says, the accelerator
+            accumulates gradients by itself, or shards in a way that is not supported: DeepSpeed,
+            FSDP 1, adapters under FSDP.
         RuntimeError: if a loss or gradient norm is not finite (names step and rows), a checkpoint
             cannot be written, or does not belong to this run.
     """
     accelerator = job.accelerator
     _check(accelerator, model)
+    _check_dtypes(model, config)
     if config.backend != "native":
         raise ValueError(
             f"backend = {config.backend!r} reached the native loop; call align.trl_backend instead"
         )
     set_seed(job.seed, device_specific=True)
-    if config.gradient_checkpointing:
-        _recompute_activations(model)
+    set_checkpointing(model, config.checkpointing)
     optimizer, scheduler = build_optimizer(model, config.optim, course.num_steps)
     prepared, wrapped = accelerator.prepare(model, optimizer)
     run = _Run(
@@ -127,7 +150,9 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
             trained=checkpoint.Trained(prepared, wrapped.optimizer, scheduler),
             accelerator=accelerator,
             clip_norm=config.optim.clip_norm,
-            precision=config.precision,
+            has_autocast=config.has_autocast,
+            operations=trained_operations(model),
+            hosts=host_group(accelerator),
         ),
         config=config,
         job=job,
@@ -164,6 +189,16 @@ def _check(accelerator: Accelerator, model: nn.Module) -> None:
         raise ValueError("lora is not supported under FSDP; launch with ddp or remove lora")
 
 
+def _check_dtypes(model: nn.Module, config: TrainConfig) -> None:
+    found = {p.dtype for p in model.parameters() if p.requires_grad}
+    wanted = torch.float32 if config.optim.weights == "fp32" else torch.bfloat16
+    if found and wanted not in found:
+        raise ValueError(
+            f"optim.weights = {config.optim.weights}, but no trained weight is {wanted}; open the "
+            "model in it"
+        )
+
+
 def _one_step(run: _Run, index: int) -> None:
     began = time.monotonic()
     run.updater.trained.model.train()
@@ -175,6 +210,7 @@ def _one_step(run: _Run, index: int) -> None:
         run.meter.add_value(name, value)
     run.tokens += updated.tokens
     run.trained_tokens += updated.trained_tokens
+    run.operations += updated.operations
     run.seconds += time.monotonic() - began
     done = index + 1
     if done % run.config.log_every_steps == 0 or done == run.course.num_steps:
@@ -186,8 +222,13 @@ def _one_step(run: _Run, index: int) -> None:
 
 def _write_line(run: _Run, done: int, measured: dict[str, float]) -> None:
     head = {"step": float(done), "tokens": run.tokens, "trained_tokens": run.trained_tokens}
-    pace = {"seconds": run.seconds, "tokens_per_s": run.tokens / max(run.seconds, 1e-9)}
-    run.last = head | measured | run.meter.means(run.job.accelerator) | pace
+    seconds = max(run.seconds, 1e-9)
+    pace = {"seconds": run.seconds, "tokens_per_s": run.tokens / seconds}
+    accelerator = run.job.accelerator
+    peak = peak_operations(accelerator.device) * accelerator.num_processes
+    if run.config.precision == "bf16" and run.operations and math.isfinite(peak):
+        pace["mfu"] = run.operations / seconds / peak
+    run.last = head | measured | run.meter.means(accelerator) | pace
     run.meter = Meter()
     run.writer.write(run.last)
 
@@ -197,6 +238,7 @@ def _save(run: _Run, done: int) -> None:
         "meter": run.meter.state_dict(),
         "tokens": run.tokens,
         "trained_tokens": run.trained_tokens,
+        "operations": run.operations,
         "seconds": run.seconds,
         "last": dict(run.last),
     }
@@ -227,19 +269,26 @@ def _resume(run: _Run) -> int:
     run.meter.load_state_dict(progress.state["meter"])
     run.tokens = progress.state["tokens"]
     run.trained_tokens = progress.state["trained_tokens"]
+    run.operations = progress.state["operations"]
     run.seconds = progress.state["seconds"]
     run.last = dict(progress.state["last"])
     return progress.step
 
 
-def _recompute_activations(model: nn.Module) -> None:
-    inside = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if inside is None:
+def set_checkpointing(model: nn.Module, checkpointing: Checkpointing) -> None:
+    """What the trunk inside `model` computes again in backward.
+
+    Raises:
+        ValueError: if something should be and there is no trunk of ours.
+    """
+    trunk = next((m for m in model.modules() if isinstance(m, HybridModel)), None)
+    if trunk is not None:
+        trunk.checkpointing = checkpointing
+    elif checkpointing != "none":
         raise ValueError(
-            f"gradient_checkpointing = true, but {type(model).__name__} holds no transformers "
-            "model; set it to false"
+            f"checkpointing = {checkpointing}, but {type(model).__name__} holds no HybridModel; "
+            "set it to none"
         )
-    inside.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 @contextmanager
@@ -274,14 +323,14 @@ def mean_loss(
     was_training = model.training
     model.eval()
     meter = Meter()
-    total = count = 0.0
+    losses: list[Loss] = []
     with torch.no_grad():
         for batch in batches:
-            loss: Loss = course.loss(model, batch.to(accelerator.device))
-            total += float(loss.sum)
-            count += course.count(batch)
-            meter.add(loss)
+            losses.append(course.loss(model, batch.to(accelerator.device)))
+            meter.add(losses[-1])
     model.train(was_training)
+    total = sum(read([loss.sum for loss in losses]))
+    count = sum(course.count(batch) for batch in batches)
     sums = torch.tensor([total, count], dtype=torch.float64, device=accelerator.device)
     total, count = (float(value) for value in accelerator.reduce(sums, reduction="sum"))
     if count <= 0:

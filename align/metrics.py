@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import (
     GeneralTracker,
@@ -22,10 +23,16 @@ from accelerate.tracking import (
     WandBTracker,
 )
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from align.losses.types import Loss
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+def read(scalars: Sequence[Tensor]) -> list[float]:
+    """Numbers of one device on the host, in one wait for all of them."""
+    return torch.stack([x.detach().double() for x in scalars]).tolist() if scalars else []
 
 
 class Meter:
@@ -58,11 +65,17 @@ class Meter:
         self.sums[name] = (old_total + total, old_count + count)
 
     def _settle(self) -> None:
+        told = read(
+            [x for loss in self.pending for pair in loss.metrics.values() for x in pair]
+            + [x for loss in self.pending for x in loss.maxima.values()]
+        )
+        values = iter(told)
         for loss in self.pending:
-            for name, (total, count) in loss.metrics.items():
-                self._add(name, float(total), float(count))
-            for name, value in loss.maxima.items():
-                self.maxima[name] = max(self.maxima.get(name, -math.inf), float(value))
+            for name in loss.metrics:
+                self._add(name, next(values), next(values))
+        for loss in self.pending:
+            for name in loss.maxima:
+                self.maxima[name] = max(self.maxima.get(name, -math.inf), next(values))
         self.pending = []
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:

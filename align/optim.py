@@ -1,4 +1,6 @@
-"""The optimizer and its learning-rate schedule: torch's own, built from one strict config.
+"""The optimizer and its learning-rate schedule, built from one strict config.
+
+fp32 weights are updated by torch's AdamW, bf16 weights by `WideAdamW`.
 
 lr(t) = lr * (t + 1) / warmup for the warmup steps, then from lr down to min_lr at the last step:
 cosine (half a period), linear, or constant (stays at lr).
@@ -11,8 +13,12 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from align.wide_adamw import WideAdamW
+
+Weights = Literal["fp32", "bf16_master", "bf16_stochastic"]
 
 
 class OptimConfig(BaseModel):
@@ -27,6 +33,10 @@ class OptimConfig(BaseModel):
 
     optimizer: Literal["adamw"] = "adamw"
     """Update rule; AdamW with decoupled weight decay."""
+    weights: Weights = "fp32"
+    """Weights, gradients and optimizer take 16 bytes a parameter as fp32, and 2 more while bf16
+    precision runs; 16 as bf16 with an fp32 master copy; 12 as bf16 with stochastic rounding. Both
+    running means are fp32; gradients of bf16 weights add up over microbatches in bf16."""
     lr: float = Field(default=1e-5, gt=0)
     """Highest learning rate, reached after the warmup."""
     min_lr: float = Field(default=0.0, ge=0)
@@ -96,8 +106,11 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 def build_optimizer(
     model: nn.Module, config: OptimConfig, num_steps: int
-) -> tuple[AdamW, LambdaLR]:
+) -> tuple[Optimizer, LambdaLR]:
     """AdamW over the parameters that require a gradient, and its schedule over num_steps.
+
+    Args:
+        model: on the device that it is trained on, in the dtypes that config.weights names.
 
     Raises:
         ValueError: if no parameter requires a gradient, or the warmup is as long as the run.
@@ -116,10 +129,20 @@ def build_optimizer(
         {"params": [p for n, p in trained if decays(n, p)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in trained if not decays(n, p)], "weight_decay": 0.0},
     ]
-    optimizer = AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-    )
+    groups = [group for group in groups if group["params"]]
+    optimizer: Optimizer
+    if config.weights == "fp32":
+        # fused on CUDA: one pass over memory
+        is_cuda = trained[0][1].is_cuda
+        optimizer = AdamW(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=is_cuda or None
+        )
+    else:
+        optimizer = WideAdamW(
+            groups,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            is_stochastic=config.weights == "bf16_stochastic",
+        )
     return optimizer, LambdaLR(optimizer, lambda step: lr_factor(config, step, num_steps))

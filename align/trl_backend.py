@@ -31,7 +31,7 @@ from trl.trainer.sft_config import SFTConfig
 from align.course import Job, Outcome
 from align.data.batch import Example
 from align.data.supply import supply_chats, supply_pairs
-from align.loop import TrainConfig
+from align.loop import TrainConfig, set_checkpointing
 from align.lora import peft_config
 from align.metrics import MetricsWriter
 from align.policy import save_policy
@@ -306,6 +306,9 @@ def _open(config: TrainConfig, job: Job) -> tuple[HybridForCausalLM, PreTrainedT
         _refuse("router_z_loss_coef", f"{keys.router_z_loss_coef:g}", "TRL has no z-loss")
     if keys.lm_head_fp32 and config.precision == "bf16":
         _refuse("lm_head_fp32", "true", "TRL multiplies the head in bf16; use precision: fp32")
+    if config.optim.weights != "fp32":
+        _refuse("optim.weights", config.optim.weights, "TRL's loop runs here on fp32 weights only")
+    set_checkpointing(model, config.checkpointing)
     return model, tokenizer
 
 
@@ -322,8 +325,8 @@ def _arguments(config: TrainConfig, job: Job) -> dict[str, Any]:
         # Ours is entered by the trainer's own context, because the process' accelerator is fp32.
         "bf16": False,
         "fp16": False,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        # Ours, set on the model when it is opened.
+        "gradient_checkpointing": False,
         "max_grad_norm": config.optim.clip_norm,
         "num_train_epochs": 1,
         "average_tokens_across_devices": True,

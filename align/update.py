@@ -7,20 +7,27 @@ The count is reduced over all processes first; then each microbatch runs
 where data parallelism averages over `world` processes, so the factor makes a sum of it. Gradients
 do not depend on how a batch is split over microbatches and processes; only the experts' aux loss,
 which is not linear in the batch, does.
+
+The host waits for the device once an update, to read loss and gradient norm before the weights
+change: what is not finite then stops the run with the weights as they were, and the wait costs
+little, because the optimizer's kernels, launched next, keep the device busy while the host makes
+the next batch. Counts never leave the host: processes tell them to each other over gloo.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from align.checkpoint import Trained
 from align.course import Course
@@ -39,12 +46,29 @@ class Updated:
         metrics: loss and aux_loss (means over all processes), grad_norm before clipping, lr.
         losses: of this process's microbatches, detached.
         tokens, trained_tokens: of all processes.
+        operations: multiplications and additions of the update, of all processes; 0 if unknown.
     """
 
     metrics: dict[str, float]
     losses: tuple[Loss, ...] = ()
     tokens: float = 0.0
     trained_tokens: float = 0.0
+    operations: float = 0.0
+
+
+class _Totals(NamedTuple):
+    """Sums over all processes, and the number of microbatches of each."""
+
+    counted: float
+    tokens: float
+    trained_tokens: float
+    operations: float
+    sizes: tuple[int, ...]
+
+
+def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """The processes again, talking from host to host; None for one. Every process calls it."""
+    return dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
 
 @dataclass(frozen=True)
@@ -53,13 +77,18 @@ class Updater:
 
     Args:
         clip_norm: largest gradient norm; 0 clips nothing.
+        has_autocast: whether forward and backward run in bf16 on wider weights.
+        operations: of one microbatch's lengths, forward and backward.
+        hosts: from `host_group`.
     """
 
     course: Course
     trained: Trained
     accelerator: Accelerator
     clip_norm: float
-    precision: Precision
+    has_autocast: bool
+    operations: Callable[[Sequence[int]], float]
+    hosts: dist.ProcessGroup | None
 
     def update(self, own: Sequence[Batch], *, title: str) -> Updated:
         """Forward, backward and step over this process's microbatches and everybody else's.
@@ -72,8 +101,9 @@ class Updater:
                 weights are then still those before. Every process raises.
         """
         lr = float(self.trained.scheduler.get_last_lr()[0])
-        count, tokens, trained_tokens = self._totals(own)
-        batches = self._even(own)
+        totals = self._totals(own)
+        count, tokens = totals.counted, totals.tokens
+        batches = self._even(own, totals.sizes)
         if not batches:
             # A course that samples may find nothing worth learning; time goes on, weights stay.
             self.trained.scheduler.step()
@@ -82,8 +112,7 @@ class Updater:
             self._fail(title, f"count of trained items = {count:g}, expected above 0", own)
         losses = self._backward(batches, len(own), count, tokens)
         shares = [_share(*pair, count, tokens) for pair in zip(losses, own, strict=True)]
-        norm = self._gradient_norm()
-        loss, aux = self._reduced(shares)
+        loss, aux, norm = self._read(shares, self._gradient_norm())
         if not math.isfinite(loss + aux):
             bad = [b for b, share in zip(own, shares, strict=True) if not share.isfinite().all()]
             self._fail(title, f"loss = {loss + aux}, expected a finite number", bad)
@@ -93,22 +122,25 @@ class Updater:
         self.trained.optimizer.zero_grad(set_to_none=True)
         self.trained.scheduler.step()
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr} | ({"aux_loss": aux} if aux else {})
-        return Updated(metrics, tuple(losses), tokens, trained_tokens)
+        return Updated(metrics, tuple(losses), tokens, totals.trained_tokens, totals.operations)
 
-    def _totals(self, own: Sequence[Batch]) -> tuple[float, float, float]:
-        sums = torch.tensor(
-            [
-                sum(self.course.count(batch) for batch in own),
-                sum(batch.packed.num_tokens for batch in own),
-                sum(int((batch.weights != 0).sum()) for batch in own),
-            ],
-            dtype=torch.float64,
-            device=self.accelerator.device,
+    def _totals(self, own: Sequence[Batch]) -> _Totals:
+        mine = (
+            float(sum(self.course.count(batch) for batch in own)),
+            float(sum(batch.packed.num_tokens for batch in own)),
+            float(sum(int((batch.weights != 0).sum()) for batch in own)),
+            float(sum(self.operations(batch.packed.lengths) for batch in own)),
         )
-        count, tokens, trained = self.accelerator.reduce(sums, reduction="sum").tolist()
-        return count, tokens, trained
+        told: list[Any] = [(mine, len(own))]
+        if self.hosts is not None:
+            told = told * self.accelerator.num_processes
+            dist.all_gather_object(told, (mine, len(own)), group=self.hosts)
+        counted, tokens, trained, operations = (
+            sum(values) for values in zip(*(numbers for numbers, _ in told), strict=True)
+        )
+        return _Totals(counted, tokens, trained, operations, tuple(size for _, size in told))
 
-    def _even(self, own: Sequence[Batch]) -> list[Batch]:
+    def _even(self, own: Sequence[Batch], sizes: Sequence[int]) -> list[Batch]:
         """As many microbatches on each process, this process's own first.
 
         A process with fewer repeats its last with weight 0, so that collectives inside forward and
@@ -117,7 +149,6 @@ class Updater:
         accelerator = self.accelerator
         if accelerator.num_processes == 1:
             return list(own)
-        sizes = gather_object([len(own)])
         most = max(sizes)
         filler = list(own[-1:])
         if most and min(sizes) == 0:
@@ -146,21 +177,24 @@ class Updater:
         return losses
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "fp32":
+        if not self.has_autocast:
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
 
-    def _gradient_norm(self) -> float:
+    def _gradient_norm(self) -> Tensor:
         model: nn.Module = self.trained.model
         limit = self.clip_norm or math.inf
-        return float(self.accelerator.clip_grad_norm_(model.parameters(), limit))
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), limit)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _reduced(self, shares: Sequence[Tensor]) -> tuple[float, float]:
+    def _read(self, shares: Sequence[Tensor], norm: Tensor) -> tuple[float, float, float]:
+        """Loss, aux loss and gradient norm on the host: the one wait of an update."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for share in shares:
             sums += share
-        loss, aux = self.accelerator.reduce(sums, reduction="sum").tolist()
-        return loss, aux
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        loss, aux, norm_read = torch.cat((sums, norm.to(sums).view(1))).tolist()
+        return loss, aux, norm_read
 
     def _fail(self, title: str, what: str, batches: Sequence[Batch]) -> None:
         # What failed was reduced over all processes, so all come here together.

@@ -6,6 +6,7 @@ and each of them defaults to what transformers computes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from transformers.models.minimax.configuration_minimax import MiniMaxConfig
@@ -286,3 +287,65 @@ def count_parameters(config: HybridConfig) -> ParameterCount:
         active=shared + layers * config.num_experts_per_tok * expert,
         embeddings=embeddings,
     )
+
+
+class Operations(NamedTuple):
+    """Multiplications and additions of one forward pass, each counted as one.
+
+    Args:
+        weights: of products with weights; backward makes twice as many, half of them for the
+            gradients of the weights.
+        mixing: between tokens, in lightning and softmax attention; backward makes twice as many.
+    """
+
+    weights: int
+    mixing: int
+
+    @property
+    def training(self) -> int:
+        """Forward and backward with every weight trained; nothing computed again is counted."""
+        return 3 * (self.weights + self.mixing)
+
+
+# the block in which lightning attention is quadratic, as the fastest known kernels cut it
+_LIGHTNING_BLOCK = 64
+
+
+def count_operations(
+    config: HybridConfig, lengths: Sequence[int], *, has_head: bool = True
+) -> Operations:
+    """Operations that a forward pass over packed sequences needs.
+
+    A lightning head makes 4 D (D + B / 2) a token: the state read and written, and half a block of
+    B = 64 tokens; a softmax head 4 D a pair of tokens that see each other. Router and head count,
+    the embeddings' look-up, norms and activations do not.
+
+    Args:
+        lengths: tokens of each sequence.
+        has_head: whether the LM head follows the trunk.
+
+    Example:
+        >>> at = [count_operations(preset("base"), [n]).training / n for n in (8192, 262_144)]
+        >>> [f"{x / 1e9:.2f}" for x in at]
+        ['3.88', '7.00']
+    """
+    size, width = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv_width = config.num_key_value_heads * config.head_dim
+    expert = 3 * size * config.intermediate_size * config.num_experts_per_tok
+    tokens = sum(lengths)
+    weights, mixing = config.vocab_size * size if has_head else 0, 0
+    for layer, kind in enumerate(config.layer_types):
+        weights += expert + config.num_local_experts * size
+        if kind == "linear_attention":
+            weights += 5 * size * width
+            mixing += 4 * width * tokens * (config.head_dim + _LIGHTNING_BLOCK // 2)
+        else:
+            weights += 2 * size * (width + kv_width)
+            mixing += 4 * width * sum(_pairs(length, config.window(layer)) for length in lengths)
+    return Operations(weights=2 * weights * tokens, mixing=mixing)
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """Pairs of tokens of one sequence of which the later sees the earlier, or itself."""
+    seen = length if window is None else min(window, length)
+    return seen * (seen + 1) // 2 + (length - seen) * seen

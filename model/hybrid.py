@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from model.attention import SoftmaxAttention
 from model.cache import CacheStep, DecodeCache
+from model.checkpointing import Checkpointing, computed_again
 from model.config import HybridConfig
 from model.door import check_form, check_hints, open_door, own_labels
 from model.kernels.logprob.op import head_logits, token_logprobs
@@ -84,15 +85,35 @@ class Block(nn.Module):
         self.mlp_gain = (config.mlp_alpha_factor, config.mlp_beta_factor)
 
     def forward(
-        self, x: Tensor, packed: Packed, angles: Angles, cache: CacheStep | None = None
+        self,
+        x: Tensor,
+        packed: Packed,
+        angles: Angles,
+        cache: CacheStep | None = None,
+        checkpointing: Checkpointing = "none",
     ) -> tuple[Tensor, Tensor]:
         """[T, C] -> [T, C] and router logits [T, E]."""
+        if checkpointing == "full":
+            return computed_again(self.forward, x, packed, angles)
+        if checkpointing == "selective":
+            halfway = computed_again(self.attend, x, packed, angles, keeps=True)
+            return computed_again(self.feed, *halfway)
+        return self.feed(*self.attend(x, packed, angles, cache))
+
+    def attend(
+        self, x: Tensor, packed: Packed, angles: Angles, cache: CacheStep | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The first half: [T, C] -> the residual and its norm, [T, C] each."""
         residual, normed = self.input_layernorm(x)
         if isinstance(self.self_attn, LightningAttention):
             branch = self.self_attn(normed, packed, cache)
         else:
             branch = self.self_attn(normed, packed, angles, cache)
         residual, normed = self.post_attention_layernorm(residual, branch)
+        return residual, normed
+
+    def feed(self, residual: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The second half: what `attend` gave -> [T, C] and router logits [T, E]."""
         branch, router_logits = self.mlp(normed)
         return join(residual, branch, self.mlp_gain), router_logits
 
@@ -157,7 +178,9 @@ class HybridModel(HybridPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_dim = config.rotary_dim if config.rotary_dim is not None else config.head_dim
         self.rotary_base = float(config.rope_parameters["rope_theta"])
+        # transformers' switch; the same as checkpointing = "full"
         self.gradient_checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         self.post_init()
 
     def run(
@@ -180,12 +203,12 @@ class HybridModel(HybridPreTrainedModel):
         step = None if cache is None else cache.begin(slots, packed)
         x = self.embed_tokens(packed.tokens) if embeddings is None else embeddings
         angles = rotary_angles(packed.positions, self.rotary_dim, self.rotary_base)
+        checkpointing = "full" if self.gradient_checkpointing else self.checkpointing
+        if step is not None or not (self.training and torch.is_grad_enabled()):
+            checkpointing = "none"
         router_logits = []
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training and step is None:
-                x, logits = self._gradient_checkpointing_func(layer.__call__, x, packed, angles)
-            else:
-                x, logits = layer(x, packed, angles, step)
+            x, logits = layer(x, packed, angles, step, checkpointing)
             router_logits.append(logits)
         if step is not None:
             step.end()

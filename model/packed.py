@@ -69,11 +69,18 @@ class Packed:
     def cu_seqlens(self) -> Tensor:
         """[S + 1] int32 on the tokens' device: start of each sequence, and T at the end."""
         starts = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return starts.to(self.tokens.device)
+        return sent(starts, self.tokens.device)
 
     @property
     def num_tokens(self) -> int:
         return self.tokens.numel()
 
     def to(self, device: torch.device | str) -> Packed:
-        return Packed(self.tokens.to(device), self.positions.to(device), self.lengths)
+        return Packed(sent(self.tokens, device), sent(self.positions, device), self.lengths)
+
+
+def sent(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on `device`; a host that sends to CUDA waits neither for the copy nor for what runs."""
+    if x.device.type != "cpu" or torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

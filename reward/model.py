@@ -23,6 +23,7 @@ from torch.nn.utils import skip_init
 
 from model import HybridModel, Packed
 from model.moe import router_losses
+from model.packed import sent
 from reward.hierarchy import Hierarchy
 
 HEADS_FILE = "heads.safetensors"
@@ -222,7 +223,7 @@ class RewardModel(nn.Module):
 
 
 def _rows(hidden: Tensor, rows: list[int]) -> Tensor:
-    return hidden.index_select(0, torch.tensor(rows, device=hidden.device)).float()
+    return hidden.index_select(0, sent(torch.tensor(rows), hidden.device)).float()
 
 
 def _check_prompts(lengths: tuple[int, ...], prompt_lengths: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.packed import Packed
+from model.packed import Packed, sent
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         def move(extra: Tensor | None) -> Tensor | None:
-            return None if extra is None else extra.to(device)
+            return None if extra is None else sent(extra, device)
 
         return Batch(
             self.packed.to(device),
-            self.targets.to(device),
-            self.weights.to(device),
+            sent(self.targets, device),
+            sent(self.weights, device),
             self.places,
             move(self.behaviour_logprobs),
             move(self.advantages),

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from align.losses.types import Loss
+from model.packed import sent
 
 
 def sequence_logprobs(logprobs: Tensor, weights: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -31,8 +32,9 @@ def sequence_logprobs(logprobs: Tensor, weights: Tensor, lengths: Sequence[int])
     # fp64: a long answer's sum is of order 1e5, where fp32 keeps two decimals, and the loss lives
     # on the small difference of two such sums. segment_reduce adds in order: same input, same bits.
     trained = (logprobs.where(weights != 0, 0.0) * weights).double()
-    sizes = torch.tensor(tuple(lengths), device=logprobs.device)
-    return torch.segment_reduce(trained, "sum", lengths=sizes)
+    sizes = sent(torch.tensor(tuple(lengths)), logprobs.device)
+    # unsafe: else the host waits for the device to look at lengths that it made itself
+    return torch.segment_reduce(trained, "sum", lengths=sizes, unsafe=True)
 
 
 def chosen_nll(logprobs: Tensor, weights: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -85,7 +87,7 @@ def dpo_loss(
     chosen, rejected = rewards[0::2], rewards[1::2]
     margins = chosen - rejected
     losses = -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
-    count = torch.tensor(float(len(margins)), device=margins.device)
+    count = margins.new_full((), len(margins))
     measured = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from align.losses.types import Loss
+from model.packed import sent
 
 # objective -> (token loss, denominator)
 OBJECTIVES = {
@@ -60,8 +61,9 @@ class PolicyLossConfig(BaseModel):
 
 
 def _sequence_sums(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    sizes = torch.tensor(tuple(lengths), device=values.device)
-    return torch.segment_reduce(values, "sum", lengths=sizes)
+    sizes = sent(torch.tensor(tuple(lengths)), values.device)
+    # unsafe: else the host waits for the device to look at lengths that it made itself
+    return torch.segment_reduce(values, "sum", lengths=sizes, unsafe=True)
 
 
 def policy_count(weights: Tensor, lengths: Sequence[int], config: PolicyLossConfig) -> float:

@@ -80,7 +80,7 @@ class DpoCourse(FixedCourse):
         if not config.sft_weight:
             return loss
         nll = chosen_nll(out.logprobs, batch.weights, lengths)
-        pairs = torch.tensor(float(len(batch.pairs)), device=nll.device)
+        pairs = nll.new_full((), len(batch.pairs))
         return replace(
             loss,
             sum=loss.sum + config.sft_weight * nll,

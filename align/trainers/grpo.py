@@ -132,7 +132,7 @@ class GrpoCourse:
             policy,
             max_concurrent=config.max_concurrent,
             max_tokens=prompts.max_tokens + config.max_new_tokens,
-            autocast=torch.bfloat16 if config.precision == "bf16" else None,
+            autocast=torch.bfloat16 if config.has_autocast else None,
         )
         # Experience of the rollout's later steps, the next one first.
         self.waiting: list[list[Example]] = []
@@ -291,7 +291,7 @@ class GrpoCourse:
         return logprobs
 
     def _precision(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "fp32":
+        if not self.config.has_autocast:
             return nullcontext()
         return torch.autocast(self.job.accelerator.device.type, dtype=torch.bfloat16)
 

@@ -75,10 +75,10 @@ class LmCourse(FixedCourse):
 def open_start(config: TrainConfig, job: Job) -> tuple[HybridForCausalLM, PreTrainedTokenizerBase]:
     """The policy that a stage starts from, on the stage's device.
 
-    Trained weights are fp32; the frozen base under an adapter may be bf16.
+    Trained weights are as optim.weights says; the frozen base under an adapter may be bf16.
     """
     is_frozen = config.lora is not None and config.precision == "bf16"
-    dtype = torch.bfloat16 if is_frozen else torch.float32
+    dtype = torch.bfloat16 if is_frozen or config.optim.weights != "fp32" else torch.float32
     return load_policy(job.start, dtype=dtype, device=job.accelerator.device)
 
 

@@ -32,6 +32,7 @@ from align.losses.reward import reward_loss
 from align.losses.types import Loss
 from align.trainers.lm import FixedCourse, open_start
 from model import HybridForCausalLM
+from model.packed import sent
 from reward.curriculum import OVERALL, CurriculumConfig, PairFacts, difficulty, order, record
 from reward.hierarchy import HIERARCHY, Hierarchy
 from reward.model import RewardModel
@@ -75,13 +76,13 @@ class RewardCourse(FixedCourse):
         """Every pair labels one column: one of the heads, or the last, their total."""
         out = model(batch.packed, prompt_lengths(batch.pairs))
         values = torch.cat([out.values, out.overall[:, None]], dim=1)
-        mask = label_mask(batch.pairs, self.columns).to(values.device)
+        mask = sent(label_mask(batch.pairs, self.columns), values.device)
         margins = [self.config.margin_scale * pair.margin for pair in batch.pairs]
         return reward_loss(
             values[0::2],
             values[1::2],
             mask=mask,
-            margin=values.new_tensor(margins),
+            margin=sent(torch.tensor(margins, dtype=values.dtype), values.device),
             label_smoothing=self.config.label_smoothing,
             centring=self.config.centring,
             heads=self.columns,

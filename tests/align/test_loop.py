@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from pydantic import ValidationError
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from align import checkpoint
+from align import checkpoint, loop, update
 from align.course import Step
 from align.data.batch import Batch
 from align.data.loader import PackedData
@@ -211,20 +213,26 @@ def test_count_of_zero_is_refused(tmp_path: Path) -> None:
         train(Countless(data()), small.model(), config=TrainConfig(), job=small.job(tmp_path))
 
 
-def test_gradient_checkpointing_changes_no_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapters", [False, True])
+def test_checkpointing_changes_no_bit(tmp_path: Path, adapters: bool) -> None:
     results = []
-    for recompute in (False, True):
-        model = small.model()
-        config = TrainConfig(gradient_checkpointing=recompute, optim=OptimConfig(lr=1e-2))
-        train(Course(data()), model, config=config, job=small.job(tmp_path / str(recompute)))
+    for checkpointing in ("none", "selective", "full"):
+        model: nn.Module = small.model()
+        if adapters:
+            # dropout must draw the same again
+            lora = LoraConfig(rank=2, targets="attention", dropout=0.2)
+            model = apply_lora(model, lora, seed=1)
+        config = TrainConfig(checkpointing=checkpointing, optim=OptimConfig(lr=1e-2))
+        train(Course(data()), model, config=config, job=small.job(tmp_path / checkpointing))
         results.append(weights(model))
     for name, weight in results[0].items():
         assert torch.equal(weight, results[1][name]), name
+        assert torch.equal(weight, results[2][name]), name
 
 
-def test_gradient_checkpointing_needs_a_transformers_model(tmp_path: Path) -> None:
-    config = TrainConfig(gradient_checkpointing=True)
-    with pytest.raises(ValueError, match="gradient_checkpointing = true, but Linear holds no"):
+def test_checkpointing_needs_our_trunk(tmp_path: Path) -> None:
+    config = TrainConfig(checkpointing="selective")
+    with pytest.raises(ValueError, match="checkpointing = selective, but Linear holds no Hybrid"):
         train(Course(data()), nn.Linear(2, 2), config=config, job=small.job(tmp_path))
 
 
@@ -234,7 +242,96 @@ def test_bf16_keeps_fp32_weights_and_learns(tmp_path: Path) -> None:
     train(Course(data(epochs=4)), model, config=config, job=small.job(tmp_path))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     written = lines(tmp_path)
+    # nobody knows what a CPU could do
+    assert "mfu" not in written[-1]
     assert written[-1]["loss"] < written[0]["loss"]
+
+
+@pytest.mark.parametrize("kept", ["bf16_master", "bf16_stochastic"])
+def test_bf16_weights_learn_and_resume_bit_for_bit(tmp_path: Path, kept: str) -> None:
+    config = TrainConfig(
+        precision="bf16",
+        optim=OptimConfig(lr=1e-2, schedule="constant", weights=kept),
+        save_every_steps=2,
+    )
+
+    def run(name: str, stop_before: int = -1) -> dict[str, torch.Tensor]:
+        model = small.model().bfloat16()
+        course = Course(data(epochs=3), stop_before=stop_before)
+        train(course, model, config=config, job=small.job(tmp_path / name))
+        return weights(model)
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", stop_before=5)
+    for name, weight in run("cut").items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, whole[name]), name
+    written = lines(tmp_path / "whole")
+    assert written[-1]["loss"] < written[0]["loss"]
+
+
+def test_weights_of_another_dtype_are_refused(tmp_path: Path) -> None:
+    bf16 = TrainConfig(precision="bf16", optim=OptimConfig(weights="bf16_master"))
+    for model, config, message in (
+        (small.model(), bf16, "bf16_master, but no trained weight is torch.bfloat16"),
+        (small.model().bfloat16(), TrainConfig(), "fp32, but no trained weight is torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=rf"optim\.weights = {message}; open the model in it"):
+            train(Course(data()), model, config=config, job=small.job(tmp_path))
+
+
+def test_bf16_weights_need_bf16_precision_and_no_adapters() -> None:
+    optim = OptimConfig(weights="bf16_stochastic")
+    message = r"optim\.weights = bf16_stochastic needs precision: bf16 and no lora"
+    for changes in ({}, {"precision": "bf16", "lora": LoraConfig(rank=2)}):
+        with pytest.raises(ValidationError, match=message):
+            TrainConfig(optim=optim, **changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kept", ["fp32", "bf16_master", "bf16_stochastic"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_an_update_waits_for_the_device_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, checkpointing: str
+) -> None:
+    """From the second step on nothing but reading the loss, and writing a line, may wait."""
+    read = 0
+
+    def may_wait(work: Any) -> Any:
+        def wrapped(*args: Any) -> Any:
+            nonlocal read
+            read += 1
+            torch.cuda.set_sync_debug_mode("default")
+            found = work(*args)
+            torch.cuda.set_sync_debug_mode("error")
+            return found
+
+        return wrapped
+
+    class Watched(Course):
+        def step(self, index: int) -> Step:
+            if index == 1:
+                monkeypatch.setattr(update.Updater, "_read", may_wait(update.Updater._read))
+                monkeypatch.setattr(loop, "_write_line", may_wait(loop._write_line))
+                torch.cuda.set_sync_debug_mode("error")
+            return super().step(index)
+
+    model = small.model(head_dim=32, router_aux_loss_coef=0.01).cuda()
+    if kept != "fp32":
+        model.bfloat16()
+    config = TrainConfig(
+        precision="bf16",
+        checkpointing=checkpointing,
+        log_every_steps=3,
+        optim=OptimConfig(lr=1e-3, weights=kept),
+    )
+    job = small.job(tmp_path, accelerator=Accelerator())
+    try:
+        train(Watched(data(batch_items=4, micro_sequences=1)), model, config=config, job=job)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert read == 3
 
 
 def test_another_backend_is_refused_by_the_native_loop(tmp_path: Path) -> None:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
+from align import checkpoint
 from align.optim import OptimConfig, build_optimizer, lr_factor
+from tests.align.test_wide_adamw import set_gradients, small_net
 
 
 def rates(config: OptimConfig, num_steps: int) -> list[float]:
@@ -90,3 +95,36 @@ def test_clip_of_zero_is_allowed_and_negative_is_not() -> None:
     assert OptimConfig(clip_norm=0).clip_norm == 0
     with pytest.raises(ValidationError, match="clip_norm"):
         OptimConfig(clip_norm=-1)
+
+
+@pytest.mark.parametrize("weights", ["bf16_master", "bf16_stochastic"])
+def test_resumed_bf16_weights_are_bit_identical(tmp_path: Path, weights: str) -> None:
+    accelerator = Accelerator(cpu=True)
+
+    def build(seed: int) -> checkpoint.Trained:
+        model = small_net(seed)
+        model[0].bfloat16()
+        config = OptimConfig(lr=1e-2, weight_decay=0.1, weights=weights)
+        return checkpoint.Trained(model, *build_optimizer(model, config, 10))
+
+    def advance(made: checkpoint.Trained, steps: range) -> None:
+        for step in steps:
+            set_gradients(made.model, step)
+            made.optimizer.step()
+            made.scheduler.step()
+
+    first, second = build(0), build(1)
+    advance(first, range(3))
+    progress = checkpoint.Progress(step=3, course={}, state={})
+    path = checkpoint.save(tmp_path, first, progress, config="{}", keep=1, accelerator=accelerator)
+    advance(first, range(3, 6))
+    checkpoint.load(path, second, config="{}", accelerator=accelerator)
+    for parameter in second.model.parameters():
+        kept = {v.dtype for v in second.optimizer.state[parameter].values()}
+        assert kept == {torch.float32}
+    advance(second, range(3, 6))
+    for ours, theirs in zip(second.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        states = (first.optimizer.state[theirs], second.optimizer.state[ours])
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])

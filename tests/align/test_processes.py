@@ -37,6 +37,7 @@ from tests.align import small
 from tests.align.test_loop import Course
 
 kind, folder, stop_before = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+kind, is_bf16 = kind.removesuffix("-bf16"), kind.endswith("-bf16")
 torch.set_num_threads(1)
 job = small.job(folder)
 accelerator = job.accelerator
@@ -51,6 +52,10 @@ if kind == "fsdp" and accelerator.num_processes > 1:
         transformer_cls_names_to_wrap=["Block"],
     )
 optim = OptimConfig(lr=1e-2, clip_norm=0.5)
+if is_bf16:
+    weights = {"lm": "bf16_stochastic", "fsdp": "bf16_master"}[kind]
+    optim = OptimConfig(lr=1e-2, clip_norm=0.5, weights=weights)
+    model.bfloat16()
 # 7 rows in steps of 3: the second process has fewer microbatches, and none in the last step.
 shape = {"sequence_tokens": 24, "batch_items": 3, "epochs": 2}
 
@@ -71,7 +76,13 @@ if kind == "dpo":
     data = PackedData(small.pairs(7), **shape)
     course = stopping(DpoCourse)(data, accelerator, reference=model, config=config)
 else:
-    config = TrainConfig(optim=optim, save_every_steps=2)
+    precision = "fp32" if optim.weights == "fp32" else "bf16"
+    config = TrainConfig(
+        optim=optim,
+        save_every_steps=2,
+        precision=precision,
+        checkpointing="selective" if kind == "fsdp" else "none",
+    )
     course = stopping(LmCourse)(PackedData(small.examples(7), **shape), accelerator)
     if kind == "poisoned":
         shared = LmCourse.loss
@@ -141,7 +152,7 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("kind", ["lm", "fsdp"])
+@pytest.mark.parametrize("kind", ["lm", "fsdp", "lm-bf16", "fsdp-bf16"])
 def test_resumed_run_on_two_processes_is_bit_identical(tmp_path: Path, kind: str) -> None:
     run(kind, tmp_path / "whole", 2)
     run(kind, tmp_path / "cut", 2, stop_before=5)

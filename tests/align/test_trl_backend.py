@@ -122,7 +122,7 @@ def losses(job: Job) -> list[float]:
         {"epochs": 2},
         {"batch_items": 0, "batch_sequences": 2, "micro_sequences": 2},
         {"lora": LoraConfig(rank=2)},
-        {"gradient_checkpointing": True, "max_steps": 2},
+        {"checkpointing": "selective", "max_steps": 2},
     ],
 )
 def test_sft_takes_the_native_steps(changes: dict[str, Any], tmp_path: Path, start: Path) -> None:

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from model import HybridConfig, HybridForCausalLM
-from model.config import PRESETS, count_parameters, preset
+from model import HybridConfig, HybridForCausalLM, Packed
+from model.config import PRESETS, count_operations, count_parameters, preset
 
 
 def built_on_meta(config: HybridConfig) -> HybridForCausalLM:
@@ -86,3 +87,27 @@ def test_unknown_preset_is_refused():
 def test_what_is_not_computed_is_refused(change: dict, message: str):
     with pytest.raises(ValueError, match=message):
         preset("tiny", **change)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_operations_are_those_that_torch_counts(name: str):
+    kinds = [*["linear_attention"] * 3, "full_attention"]
+    config = preset(name, num_hidden_layers=4, layer_types=kinds)
+    tokens = torch.arange(200)
+    packed = Packed(tokens, tokens, (200,))
+    # fp64: the products of fp32 on a CPU are oneDNN's, which torch does not count
+    model = HybridForCausalLM(config).double()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(packed=packed, targets=tokens)
+    counted = counter.get_flop_counts()["Global"]
+    assert counted[torch.ops.aten.mm] == count_operations(config, [200]).weights
+
+
+def test_mixing_counts_what_a_token_sees():
+    base = preset("tiny", num_hidden_layers=1, layer_types=["full_attention"])
+    head = 4 * 4 * 32
+    assert count_operations(base, [3, 2]).mixing == head * (1 + 2 + 3 + 1 + 2)
+    slides = {"layer_types": ["sliding_attention"], "sliding_window": 2}
+    assert count_operations(preset("tiny", num_hidden_layers=1, **slides), [4]).mixing == head * 7
+    lightning = preset("tiny", num_hidden_layers=1, layer_types=["linear_attention"])
+    assert count_operations(lightning, [3, 2]).mixing == 5 * head * (32 + 32)
