@@ -1,6 +1,6 @@
 """The block around attention on one GPU: time of each op, beside its byte floor and its torch form.
 
-Run: PYTHONPATH=. python benchmarks/block.py [--tokens 32768]
+Run: python -m benchmarks.block [--tokens 32768]
 
 bf16. "Floor" is the bytes that must move once over the bandwidth that a device copy reached; share
 is floor over time (goal >= 80 %). A time is the median of several runs between two events, enqueued

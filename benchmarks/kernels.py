@@ -1,6 +1,6 @@
 """Lightning kernels on one GPU: error against fp64, time, bytes a second, and the peer beside them.
 
-Run: PYTHONPATH=. python benchmarks/kernels.py [--part check|time|packed|decode|all]
+Run: python -m benchmarks.kernels [--part check|time|packed|decode|all]
 
 The peer is fla's `chunk_simple_gla(g_gamma=-slope, scale=1.0)`, timed in the same process if it is
 installed; its first call searches its own settings for about a minute. A time is the median of

@@ -1,7 +1,7 @@
 """Cost of a training step by length of one sequence, on one GPU: only softmax layers may grow.
 
-Run: PYTHONPATH=. python benchmarks/train_lengths.py lengths.json
-     PYTHONPATH=. python benchmarks/train_lengths.py lengths.json --plot lengths.png
+Run: python -m benchmarks.train_lengths lengths.json
+     python -m benchmarks.train_lengths lengths.json --plot lengths.png
 
 Forward + backward under full checkpointing at every length, so that all lengths do the same work a
 token. The softmax layers' attention is timed alone (forward twice, backward once) and taken off:

@@ -1,6 +1,6 @@
 """The same training run with our kernels and with their torch forms, on one GPU: do losses agree?
 
-Run: PYTHONPATH=. python benchmarks/train_losses.py [--preset small] [--steps 100]
+Run: python -m benchmarks.train_losses [--preset small] [--steps 100]
 
 Same weights, same data, bf16 with fp32 master weights; every batch is new: chains of tokens that
 follow one permutation seven times in ten. Kernels round otherwise than torch does, so single losses

@@ -1,6 +1,6 @@
 """One training step of a preset on one GPU: ours beside transformers' `minimax`.
 
-Run: PYTHONPATH=. python benchmarks/train_step.py [--tokens 8192 32768] [--profile 30] [--compile]
+Run: python -m benchmarks.train_step [--tokens 8192 32768] [--profile 30] [--compile]
 
 Both models have the same shape and random bf16 weights and take turns in one process, each alone on
 the device; forward + backward with the router's balance loss, then the same with a step of torch's
