@@ -2,7 +2,8 @@
 
     logprob_t = z_{t, target} - log sum_v exp(z_{t, v}),   z = hidden W^T / temperature
 
-Backward computes each piece of logits again: dz = (1[v = target] - p_v) * grad.
+Backward computes each piece of logits again: dz = (1[v = target] - p_v) * grad. On a CPU p is kept
+where it is small.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from model.kernels.linear.op import FEW_ROWS, linear, product, weight_grad
 PIECE_BYTES = 2**28
 SHORT = (torch.bfloat16, torch.float16)
 CPU_PIECE_TOKENS = 2048
+# Bytes of probabilities that a CPU may keep: less than a small model's layers keep anyway.
+_KEPT_BYTES = 64 * 2**20
 
 
 def token_logprobs(
@@ -124,7 +127,9 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         head_fp32: bool,
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, normalisers = [], [], []
+        logprobs, entropies, normalisers, kept = [], [], [], []
+        size = hidden.shape[0] * weight.shape[0] * 4
+        keeps = hidden.is_cpu and any(ctx.needs_input_grad[:2]) and size <= _KEPT_BYTES
         step = _piece_rows(weight, hidden.dtype)
         for rows, target in zip(hidden.split(step), targets.split(step), strict=True):
             logits = _piece_logits(rows, weight, temperature, head_fp32=head_fp32)
@@ -132,9 +137,12 @@ class _TokenLogprobs(torch.autograd.Function):
             logits.sub_(normaliser[:, None])
             logprobs.append(logits.gather(1, target[:, None])[:, 0])
             # not normaliser - sum p z: both are large where the entropy is small
-            entropies.append(logits.exp().mul_(logits).sum(-1).neg_())
+            probabilities = logits.exp()
+            entropies.append(torch.linalg.vecdot(probabilities, logits).neg_())
             normalisers.append(normaliser)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
+            if keeps:
+                kept.append(probabilities)
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers), *kept)
         ctx.temperature, ctx.head_fp32 = temperature, head_fp32
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
@@ -142,7 +150,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, normalisers = ctx.saved_tensors
+        hidden, weight, targets, normalisers, *kept = ctx.saved_tensors
         temperature, head_fp32 = ctx.temperature, ctx.head_fp32
         wide = grad.dtype
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -152,8 +160,11 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], step):
             piece = slice(start, start + step)
             rows = hidden[piece]
-            logits = _piece_logits(rows, weight, temperature, head_fp32=head_fp32)
-            slope = logits.sub_(normalisers[piece, None]).exp_().neg_()
+            if kept:
+                slope = kept[start // step].neg()
+            else:
+                logits = _piece_logits(rows, weight, temperature, head_fp32=head_fp32)
+                slope = logits.sub_(normalisers[piece, None]).exp_().neg_()
             slope.scatter_add_(1, targets[piece, None], torch.ones_like(slope[:, :1]))
             slope.mul_(grad[piece, None] / temperature)
             back = wide if head_fp32 else weight.dtype

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -43,8 +44,33 @@ def silu_qkv(x: Tensor, heads: int, *, form: Form = "auto") -> tuple[Tensor, Ten
         from model.kernels.qkv.launch import silu_qkv_triton
 
         return silu_qkv_triton(x, heads)
-    q, k, v = F.silu(x).view(x.shape[0], heads, -1).chunk(3, dim=-1)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        q, k, v = _SiluQKV.apply(x, heads)
+    else:
+        q, k, v = F.silu(x).view(x.shape[0], heads, -1).chunk(3, dim=-1)
     return q, k, v
+
+
+class _SiluQKV(torch.autograd.Function):
+    """q, k and v with heads outermost in memory, as the attention on a CPU reads them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        mixed = x.view(x.shape[0], heads, 3, -1).permute(2, 1, 0, 3)
+        out = torch.empty(mixed.shape, dtype=x.dtype, device=x.device)
+        torch.ops.aten.silu.out(mixed, out=out)
+        q, k, v = out.transpose(1, 2).unbind(0)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        out = torch.cat(grads, dim=-1).view_as(x)
+        # in place: large fresh memory costs more than the pass itself
+        torch.ops.aten.silu_backward.grad_input(out, x, grad_input=out)
+        return out, None
 
 
 def _runs_triton(x: Tensor) -> bool:
