@@ -170,7 +170,9 @@ def test_grpo_samples_and_learns_as_the_native_backend(
     loss: PolicyLossConfig, tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Every answer is nearly always wrong, so a score that varies takes the judge's place.
-    monkeypatch.setattr("reward.scorer.verify", lambda item: _share(item.response))
+    monkeypatch.setattr(
+        "reward.scorer.verify_all", lambda items, _: [_share(item.response) for item in items]
+    )
     config = grpo_config(tmp_path, loss=loss, updates_per_rollout=1)
     ours, theirs, native, other = both(tmp_path, start, config, grpo.run)
     assert_same_update(ours, theirs, start)
@@ -189,7 +191,9 @@ def _share(text: str) -> Any:
 def test_grpo_with_adapters_and_a_reference_and_reused_rollouts(
     tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reward.scorer.verify", lambda item: _share(item.response))
+    monkeypatch.setattr(
+        "reward.scorer.verify_all", lambda items, _: [_share(item.response) for item in items]
+    )
     loss = PolicyLossConfig(objective="grpo", beta=0.1)
     config = grpo_config(
         tmp_path, loss=loss, lora=LoraConfig(rank=2), updates_per_rollout=2, max_steps=4

@@ -33,7 +33,7 @@ BAD = {
     "misspelt key": (
         SFT + "    optim: {learning_rate: 1e-5}\n",
         "r.yaml:7: sft.optim.learning_rate = 1e-05: unknown key; known: betas, clip_norm, eps, lr, "
-        "min_lr, optimizer, schedule, warmup_share, warmup_steps, weight_decay",
+        "min_lr, optimizer, schedule, warmup_share, warmup_steps, weight_decay, weights",
     ),
     "misspelt key of a data source": (
         SFT.replace("    data: [{task:", "    data: [{taks:"),
