@@ -1,8 +1,13 @@
-"""Items to scores in this process: rules first, then the reward model's heads, then the tree."""
+"""Items to scores in this process: rules first, then the reward model's heads, then the tree.
+
+The steps stand apart (`encode`, `read_heads`, `rule_signals`, `combine`), because a service runs
+them in different threads and packs the items of several callers; `score` is all of them in a row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +20,35 @@ from reward.types import Item, Score, Verdict
 from reward.verifiers import verify_all
 
 Encode = Callable[[Item], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An item as the reward model reads it.
+
+    Args:
+        tokens: the whole conversation, the response's end-of-turn token last; () where no reward
+            model reads it.
+        num_prompt_tokens: how many of them come before the response; 0 where no gate asks.
+    """
+
+    tokens: tuple[int, ...]
+    num_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the reward model says of one item.
+
+    Args:
+        values: by signal, any real number.
+        overall: their gate-weighted total, as in `RewardOutput`.
+        gate: weight of each dimension; None without a learned gate.
+    """
+
+    values: Mapping[str, float]
+    overall: float
+    gate: Mapping[str, float] | None
 
 
 class InProcessScorer:
@@ -62,87 +96,128 @@ class InProcessScorer:
             )
         self.hierarchy = hierarchy
         self.version = hierarchy.version if reward_model is None else reward_model.version
+        self.max_tokens = max_tokens or _longest(reward_model)
         self._model = reward_model
         self._encode = encode
         self._encode_prompt = encode_prompt
         self._batch_tokens = batch_tokens
         self._sandbox = sandbox
-        self._max_tokens = max_tokens or _longest(reward_model)
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether a reward model reads the items beside the rules."""
+        return self._model is not None
 
     def score(self, items: Sequence[Item]) -> list[Score]:
         """One score an item, in order; independent of what else is in the call.
 
         Raises: ValueError for wrong data (an unknown rule, a rule the tree does not hold).
         """
-        signals = self._rule_signals(items)
-        gates: list[dict[str, float] | None] = [None] * len(items)
-        refused: dict[int, str] = {}
-        if self._model is not None and self._encode is not None:
-            tokens = [self._encode(item) for item in items]
-            refused = {
-                index: f"{len(sequence)} tokens, longer than the limit of {self._max_tokens}"
-                for index, sequence in enumerate(tokens)
-                if len(sequence) > self._max_tokens
-            }
-            for batch in self._batches(tokens, refused):
-                self._read_heads(self._model, items, tokens, batch, signals=signals, gates=gates)
+        rules = self.rule_signals(items)
+        if self._model is None:
+            return [self.combine(found, None) for found in rules]
+        encoded = [self.encode(item) for item in items]
+        fitting = [place for place, one in enumerate(encoded) if not self.too_long(one)]
+        heads: dict[int, Heads] = {}
+        for batch in self._batches(encoded, fitting):
+            read = self.read_heads([encoded[place] for place in batch])
+            heads.update(zip(batch, read, strict=True))
         return [
-            Score(0.0, signals=found, valid=False, reason=refused[index], version=self.version)
-            if index in refused
-            else self._versioned(self.hierarchy.score(found, gates[index]))
-            for index, found in enumerate(signals)
+            self.combine(found, heads[place])
+            if place in heads
+            else self.unknown(found, self.too_long(encoded[place]))
+            for place, found in enumerate(rules)
         ]
 
-    def _rule_signals(self, items: Sequence[Item]) -> list[dict[str, Verdict]]:
+    def rule_signals(self, items: Sequence[Item]) -> list[dict[str, Verdict]]:
+        """The verdict of the rule that each item names, by its name in the tree; {} for no rule.
+
+        Raises: ValueError for an unknown rule, or an item that lacks what the rule needs.
+        """
         ruled = [item for item in items if item.verifier]
-        verdicts = iter(verify_all(ruled, self._sandbox))
+        verdicts = iter(verify_all(ruled, self._sandbox) if ruled else [])
         return [{rule_key(i.verifier): next(verdicts)} if i.verifier else {} for i in items]
 
-    def _versioned(self, score: Score) -> Score:
-        return Score(
-            score.value, score.dimensions, score.signals, score.valid, score.reason, self.version
-        )
+    def encode(self, item: Item) -> Encoded:
+        """The item's tokens; () without a reward model.
 
-    def _batches(
-        self, tokens: Sequence[tuple[int, ...]], refused: dict[int, str]
-    ) -> Iterator[list[int]]:
-        batch: list[int] = []
-        size = 0
-        for index, sequence in enumerate(tokens):
-            if index in refused:
-                continue
-            if batch and size + len(sequence) > self._batch_tokens:
-                yield batch
-                batch, size = [], 0
-            batch.append(index)
-            size += len(sequence)
-        if batch:
-            yield batch
+        Raises: ValueError for an item that cannot be rendered.
+        """
+        if self._model is None or self._encode is None:
+            return Encoded(())
+        if self._model.gate is None or self._encode_prompt is None:
+            return Encoded(self._encode(item))
+        encoded = Encoded(self._encode(item), len(self._encode_prompt(item)))
+        if not 0 < encoded.num_prompt_tokens < len(encoded.tokens):
+            raise ValueError(
+                f"prompt of {encoded.num_prompt_tokens} tokens in a conversation of "
+                f"{len(encoded.tokens)}, expected at least one before the response and one in it"
+            )
+        return encoded
+
+    def too_long(self, encoded: Encoded) -> str:
+        """Why the reward model does not read it; "" if it does."""
+        length = len(encoded.tokens)
+        if length <= self.max_tokens:
+            return ""
+        return f"{length} tokens, longer than the limit of {self.max_tokens}"
 
     @torch.no_grad()
-    def _read_heads(
-        self,
-        model: RewardModel,
-        items: Sequence[Item],
-        tokens: Sequence[tuple[int, ...]],
-        batch: Sequence[int],
-        *,
-        signals: list[dict[str, Verdict]],
-        gates: list[dict[str, float] | None],
-    ) -> None:
+    def read_heads(self, batch: Sequence[Encoded]) -> list[Heads]:
+        """The heads of some items in one packed forward, in order.
+
+        Raises: ValueError without a reward model.
+        """
+        model = self._model
+        if model is None:
+            raise ValueError("this scorer has no reward model, so there are no heads to read")
         device = model.values.weight.device
-        packed = Packed.from_sequences([tokens[index] for index in batch], device=device)
-        prompts = None
-        if model.gate is not None and self._encode_prompt is not None:
-            prompts = [len(self._encode_prompt(items[index])) for index in batch]
+        packed = Packed.from_sequences([one.tokens for one in batch], device=device)
+        prompts = None if model.gate is None else [one.num_prompt_tokens for one in batch]
         output = model(packed, prompts)
-        values = output.values.tolist()
-        weights = None if output.gate is None else output.gate.tolist()
-        for place, index in enumerate(batch):
-            for name, value in zip(model.signals, values[place], strict=True):
-                signals[index][head_key(name)] = Verdict(value)
-            if weights is not None:
-                gates[index] = dict(zip(self.hierarchy.dimensions, weights[place], strict=True))
+        gates: list[list[float] | None] = [None] * len(batch)
+        if output.gate is not None:
+            gates = output.gate.tolist()
+        return [
+            Heads(
+                values=dict(zip(model.signals, values, strict=True)),
+                overall=overall,
+                gate=None
+                if gate is None
+                else dict(zip(self.hierarchy.dimensions, gate, strict=True)),
+            )
+            for values, overall, gate in zip(
+                output.values.tolist(), output.overall.tolist(), gates, strict=True
+            )
+        ]
+
+    def combine(self, rules: Mapping[str, Verdict], heads: Heads | None) -> Score:
+        """One score from an item's rules and heads.
+
+        Raises: ValueError for a rule that the tree does not hold.
+        """
+        signals = dict(rules)
+        if heads is not None:
+            signals |= {head_key(name): Verdict(value) for name, value in heads.values.items()}
+        score = self.hierarchy.score(signals, heads.gate if heads else None)
+        return replace(score, version=self.version)
+
+    def unknown(self, rules: Mapping[str, Verdict], reason: str) -> Score:
+        """The score of an item that the reward model could not read: none."""
+        return Score(0.0, signals=dict(rules), valid=False, reason=reason, version=self.version)
+
+    def _batches(self, encoded: Sequence[Encoded], places: Sequence[int]) -> Iterator[list[int]]:
+        batch: list[int] = []
+        size = 0
+        for place in places:
+            length = len(encoded[place].tokens)
+            if batch and size + length > self._batch_tokens:
+                yield batch
+                batch, size = [], 0
+            batch.append(place)
+            size += length
+        if batch:
+            yield batch
 
 
 def load_scorer(

@@ -1,4 +1,4 @@
-"""The command `align`: run, check, eval, generate, score, export.
+"""The command `align`: run, check, eval, generate, score, serve-reward, export.
 
 Heavy imports stand inside the commands, so that `--help` and a misspelt option answer at once.
 """
@@ -190,6 +190,55 @@ def score(
             typer.echo(json.dumps(line, sort_keys=True))
 
 
+@app.command("serve-reward")
+def serve_reward(
+    reward: Folder,
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key_env: Annotated[
+        str, typer.Option(help="Environment variable that holds the clients' key.")
+    ] = "",
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward.")] = 16_384,
+    max_item_tokens: Annotated[
+        int, typer.Option(min=0, help="Longest item, tokens; 0 is the reward model's own limit.")
+    ] = 0,
+    max_queue_items: Annotated[int, typer.Option(min=1, help="Items under way.")] = 65_536,
+    max_queue_tokens: Annotated[int, typer.Option(min=1, help="Tokens under way.")] = 4_194_304,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Longest body, 2^20 bytes.")] = 8,
+    rule_threads: Annotated[int, typer.Option(min=1, help="Rules that may block at once.")] = 8,
+    label_verifier: Annotated[str, typer.Option(help="Rule for OpenRLHF's plain labels.")] = "",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Trunk in bf16.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Serves a reward artifact over HTTP: /v1/score, OpenRLHF's /get_reward, /metrics, /docs."""
+    with _guarded(traceback):
+        import torch
+
+        from reward.serving.batching import Limits
+
+        with _extra("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client")):
+            from stages.serving import serve_reward as serve
+
+        serve(
+            reward,
+            host=host,
+            port=port,
+            limits=Limits(
+                batch_tokens=max_batch_tokens,
+                item_tokens=max_item_tokens or "model",
+                queue_items=max_queue_items,
+                queue_tokens=max_queue_tokens,
+                rule_threads=rule_threads,
+            ),
+            api_key=_key_of(api_key_env),
+            label_verifier=label_verifier,
+            max_body_bytes=max_body_mb << 20,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+            say=lambda line: typer.echo(line, err=True),
+        )
+
+
 @app.command()
 def export(
     policy: Folder,
@@ -218,6 +267,27 @@ def _load(file: Path, sets: list[str] | None) -> Recipe:
     from stages.recipe import load_recipe
 
     return load_recipe(file, sets or [], kinds=KINDS, eval_config=EvalConfig)
+
+
+def _key_of(variable: str) -> str:
+    """What a variable holds; a key on the command line would stand in the list of processes."""
+    key = os.environ.get(variable, "") if variable else ""
+    if variable and not key:
+        raise ValueError(f"--api-key-env {variable}: no such variable, or it is empty; set it")
+    return key
+
+
+@contextmanager
+def _extra(name: str, packages: tuple[str, ...]) -> Iterator[None]:
+    """Says which extra brings a package that an import did not find."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in packages:
+            raise
+        raise RuntimeError(
+            f"{error.name} is not installed; pip install hybrid-align[{name}]"
+        ) from error
 
 
 def _accelerator() -> Accelerator:

@@ -102,6 +102,31 @@ def render_item(item: Item, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ..
     return example.tokens[: last + 1]
 
 
+def render_continuation(
+    prompt: str, response: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, ...], int]:
+    """Tokens of a prompt that is rendered already and of the response to it, and the prompt's own.
+
+    Args:
+        prompt: text up to the point where the assistant begins to write, special tokens included.
+        response: without its end-of-turn token, which is put last.
+
+    Returns: tokens, and how many of them are the prompt's.
+
+    Raises:
+        ValueError: if the tokenizer has no end-of-turn token, or the prompt's tokens are not where
+            the sequence begins.
+    """
+    start = _encode(prompt, tokenizer)
+    tokens = (*_encode(prompt + response, tokenizer), _end(tokenizer))
+    if tokens[: len(start)] != start:
+        raise ValueError(
+            "tokens of the prompt are not a prefix of prompt and response; end the prompt in a "
+            "special token, as chat templates do"
+        )
+    return tokens, len(start)
+
+
 def render_text(row: TextRow, tokenizer: PreTrainedTokenizerBase) -> Example:
     """One document: begin token (if the tokenizer has one), text, end token; all trained.
 

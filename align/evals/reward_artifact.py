@@ -30,8 +30,14 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def open_scorer(folder: Path, sandbox: SandboxConfig | None = None) -> InProcessScorer:
-    """The artifact's reward model and hierarchy, rendering with the artifact's own tokenizer."""
+def open_scorer(
+    folder: Path, sandbox: SandboxConfig | None = None, *, dtype: torch.dtype = torch.float32
+) -> InProcessScorer:
+    """The artifact's reward model and hierarchy, rendering with the artifact's own tokenizer.
+
+    Args:
+        dtype: of the trunk.
+    """
     tokenizer = open_tokenizer(folder)
     return load_scorer(
         folder,
@@ -39,6 +45,7 @@ def open_scorer(folder: Path, sandbox: SandboxConfig | None = None) -> InProcess
         encode_prompt=lambda item: render_prompt(item.messages, tokenizer),
         device=pick_device(),
         sandbox=Sandbox(sandbox),
+        dtype=dtype,
     )
 
 

@@ -78,6 +78,11 @@ def test_a_failed_rule_leaves_the_item_without_a_score():
     )
 
 
+def test_a_learned_gate_needs_a_prompt_to_read():
+    with pytest.raises(ValueError, match="prompt of 0 tokens in a conversation of 2, expected"):
+        scorer().score([Item(({"role": "user", "content": ""},), "5")])
+
+
 def test_an_unknown_rule_is_an_error():
     with pytest.raises(ValueError, match="'maths', expected one of"):
         scorer().score([item("5", verifier="maths")])

@@ -1,0 +1,1 @@
+"""The rooms behind the scoring API: see `reward.service`."""

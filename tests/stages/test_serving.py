@@ -1,0 +1,87 @@
+"""`align serve-reward`: what it serves, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from align.evals.reward_artifact import open_scorer
+from reward.types import Item
+from stages.artifact import Facts, publish
+from tests.stages.fakes import align
+from tests.stages.test_commands import TOKENIZER, judge, policy  # noqa: F401  (fixtures)
+
+CHAT = [{"role": "user", "content": "two and three?"}]
+
+
+class InstantServer:
+    """In place of uvicorn: one request of each kind, then the end."""
+
+    answers: dict[str, dict]
+
+    def __init__(self, door) -> None:
+        self._door = door
+
+    def run(self, sockets) -> None:
+        assert sockets[0].getsockname()[1] > 0
+        rendered = TOKENIZER.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+        with TestClient(self._door, headers={"authorization": "Bearer k1"}) as client:
+            score = {"items": [{"messages": CHAT, "response": "five"}]}
+            reward = {"query": [rendered + "five<|end|>"], "prompts": [rendered], "labels": ["5"]}
+            InstantServer.answers = {
+                path: client.post(path, json=body).json()
+                for path, body in (("/v1/score", score), ("/get_reward", reward))
+            }
+
+
+@pytest.fixture
+def artifact(judge: Path, tmp_path: Path) -> Path:  # noqa: F811
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    for file in judge.iterdir():
+        (temporary / file.name).write_bytes(file.read_bytes())
+    facts = Facts(stage="reward", kind="reward", gives="reward", inputs={}, parents={})
+    return publish(temporary, tmp_path / "artifact", facts).folder
+
+
+def test_an_artifact_is_served_with_its_digest_its_tokenizer_and_a_key(artifact, monkeypatch):
+    monkeypatch.setattr("stages.serving.Server", InstantServer)
+    monkeypatch.setenv("REWARD_KEY", "k1")
+    options = ("--port", "0", "--api-key-env", "REWARD_KEY", "--label-verifier", "math")
+    result = align("serve-reward", str(artifact), *options)
+    assert result.exit_code == 0, result.stderr
+    scored, rewarded = InstantServer.answers["/v1/score"], InstantServer.answers["/get_reward"]
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    local = open_scorer(artifact)
+    plain, ruled = local.score(
+        [Item(tuple(CHAT), "five"), Item(tuple(CHAT), "five", answer="5", verifier="math")]
+    )
+    assert scored["judge"]["artifact"] == manifest["digest"]
+    assert scored["judge"]["version"] == local.version
+    assert scored["scores"][0]["score"] == pytest.approx(plain.value, abs=1e-6)
+    assert rewarded["rewards"] == pytest.approx([ruled.value], abs=1e-6)
+    (line,) = [line for line in result.stderr.splitlines() if "described at" in line]
+    assert line.startswith(f"{local.version} at http://127.0.0.1:")
+    assert "open to whoever" not in line
+
+
+def test_what_is_missing_or_wrong_is_one_line(judge, tmp_path, monkeypatch):  # noqa: F811
+    folder = align("serve-reward", str(tmp_path))
+    assert folder.exit_code == 2
+    key = align("serve-reward", str(judge), "--api-key-env", "NO_SUCH_KEY")
+    assert (key.exit_code, key.stderr) == (
+        2,
+        "error: --api-key-env NO_SUCH_KEY: no such variable, or it is empty; set it\n",
+    )
+    for name in ("stages.serving", "reward.service"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    extra = align("serve-reward", str(judge))
+    assert (extra.exit_code, extra.stderr) == (
+        1,
+        "error: uvicorn is not installed; pip install hybrid-align[serve]\n",
+    )
