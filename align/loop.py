@@ -33,6 +33,9 @@ from align.throughput import trained_operations
 from align.update import Precision, Updater, host_group
 from model import HybridModel
 from model.checkpointing import Checkpointing
+from model.parallel.apply import mesh_of
+from model.parallel.expert import leave_out_of_ddp
+from model.parallel.mesh import ParallelConfig
 
 
 class TrainConfig(BaseModel):
@@ -63,6 +66,8 @@ class TrainConfig(BaseModel):
     checkpointing: Checkpointing = "none"
     """What backward computes again: nothing; all but projections and softmax attention
     (selective), or each whole block (full)."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Processes that share a row of tokens, or the experts; the rest is data parallelism."""
     save_every_steps: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0 writes none."""
     keep_checkpoints: int = Field(default=1, ge=1)
@@ -87,6 +92,27 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"optim.weights = {self.optim.weights} needs precision: bf16 and no lora (adapters "
                 "are small enough for fp32); set it to fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_shared(self) -> Self:
+        parallel = self.parallel
+        if self.backend != "native" and parallel != ParallelConfig():
+            raise ValueError(
+                f"parallel.sequence = {parallel.sequence} and parallel.expert = {parallel.expert} "
+                f"with backend = {self.backend}, expected 1: other trainers know no shared rows; "
+                "remove parallel or set backend to native"
+            )
+        if parallel.expert > 1 and self.lora is not None and self.lora.targets != "attention":
+            raise ValueError(
+                f"parallel.expert = {parallel.expert} with lora.targets = {self.lora.targets}, "
+                "expected attention: adapters on experts are not shared; set parallel.expert to 1"
+            )
+        if self.sequence_tokens < parallel.sequence:
+            raise ValueError(
+                f"parallel.sequence = {parallel.sequence}, expected at most sequence_tokens = "
+                f"{self.sequence_tokens}: no row has a token for each; lower parallel.sequence"
             )
         return self
 
@@ -142,6 +168,8 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
         )
     set_seed(job.seed, device_specific=True)
     set_checkpointing(model, config.checkpointing)
+    mesh = mesh_of(model)
+    leave_out_of_ddp(model)
     optimizer, scheduler = build_optimizer(model, config.optim, course.num_steps)
     prepared, wrapped = accelerator.prepare(model, optimizer)
     run = _Run(
@@ -153,6 +181,7 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
             has_autocast=config.has_autocast,
             operations=trained_operations(model),
             hosts=host_group(accelerator),
+            mesh=mesh,
         ),
         config=config,
         job=job,
@@ -185,6 +214,10 @@ def _check(accelerator: Accelerator, model: nn.Module) -> None:
         raise ValueError("DeepSpeed is not supported by backend: native; launch with ddp or fsdp2")
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP 1 is not supported; set fsdp_version: 2 or launch with ddp")
+    if kind == DistributedType.FSDP and mesh_of(model).expert.size > 1:
+        raise ValueError(
+            "parallel.expert is not supported under FSDP; launch with ddp or set it to 1"
+        )
     if kind == DistributedType.FSDP and isinstance(model, PeftModel):
         raise ValueError("lora is not supported under FSDP; launch with ddp or remove lora")
 

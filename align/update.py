@@ -4,9 +4,10 @@ The count is reduced over all processes first; then each microbatch runs
 
     backward(loss.sum * world / count + aux * world * tokens / all_tokens)
 
-where data parallelism averages over `world` processes, so the factor makes a sum of it. Gradients
-do not depend on how a batch is split over microbatches and processes; only the experts' aux loss,
-which is not linear in the batch, does.
+where data parallelism averages over `world` processes, so the factor makes a sum of it. Processes
+that share a row all have its loss, and each takes 1 / sequence of it: `world` is then the number of
+rows that are computed at once. Gradients do not depend on how a batch is split over microbatches
+and processes; only the experts' aux loss, which is not linear in the batch, does.
 
 The host waits for the device once an update, to read loss and gradient norm before the weights
 change: what is not finite then stops the run with the weights as they were, and the wait costs
@@ -33,6 +34,8 @@ from align.checkpoint import Trained
 from align.course import Course
 from align.data.batch import Batch
 from align.losses.types import Loss
+from model.parallel.expert import average_expert_gradients, clip_gradients
+from model.parallel.mesh import Mesh
 
 Precision = Literal["fp32", "bf16"]
 SHOWN_PLACES = 8
@@ -80,6 +83,7 @@ class Updater:
         has_autocast: whether forward and backward run in bf16 on wider weights.
         operations: of one microbatch's lengths, forward and backward.
         hosts: from `host_group`.
+        mesh: the axes that the model is shared over.
     """
 
     course: Course
@@ -89,6 +93,7 @@ class Updater:
     has_autocast: bool
     operations: Callable[[Sequence[int]], float]
     hosts: dist.ProcessGroup | None
+    mesh: Mesh
 
     def update(self, own: Sequence[Batch], *, title: str) -> Updated:
         """Forward, backward and step over this process's microbatches and everybody else's.
@@ -131,12 +136,14 @@ class Updater:
             float(sum(int((batch.weights != 0).sum()) for batch in own)),
             float(sum(self.operations(batch.packed.lengths) for batch in own)),
         )
+        # rows that several processes share are told by each of them
         told: list[Any] = [(mine, len(own))]
         if self.hosts is not None:
             told = told * self.accelerator.num_processes
             dist.all_gather_object(told, (mine, len(own)), group=self.hosts)
         counted, tokens, trained, operations = (
-            sum(values) for values in zip(*(numbers for numbers, _ in told), strict=True)
+            sum(values) / self.mesh.sequence.size
+            for values in zip(*(numbers for numbers, _ in told), strict=True)
         )
         return _Totals(counted, tokens, trained, operations, tuple(size for _, size in told))
 
@@ -170,10 +177,11 @@ class Updater:
                 with self._autocast():
                     loss = self.course.loss(model, batch.to(accelerator.device))
                 share = _share(loss, batch, count, tokens).sum()
-                scale = accelerator.num_processes if number < num_own else 0
+                scale = self._rows_at_once if number < num_own else 0
                 accelerator.backward(share * scale)
             if number < num_own:
                 losses.append(_detached(loss))
+        average_expert_gradients(model, self.mesh)
         return losses
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -184,6 +192,8 @@ class Updater:
     def _gradient_norm(self) -> Tensor:
         model: nn.Module = self.trained.model
         limit = self.clip_norm or math.inf
+        if self.mesh.expert.size > 1:
+            return clip_gradients(model, self.mesh, limit)
         norm = self.accelerator.clip_grad_norm_(model.parameters(), limit)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -192,9 +202,13 @@ class Updater:
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for share in shares:
             sums += share
-        sums = self.accelerator.reduce(sums, reduction="sum")
+        sums = self.accelerator.reduce(sums, reduction="sum") / self.mesh.sequence.size
         loss, aux, norm_read = torch.cat((sums, norm.to(sums).view(1))).tolist()
         return loss, aux, norm_read
+
+    @property
+    def _rows_at_once(self) -> int:
+        return self.accelerator.num_processes // self.mesh.sequence.size
 
     def _fail(self, title: str, what: str, batches: Sequence[Batch]) -> None:
         # What failed was reduced over all processes, so all come here together.

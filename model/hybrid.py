@@ -29,6 +29,7 @@ from model.moe import Experts, MoE, Router, balance_loss, router_losses
 from model.norm import ResidualNorm, RMSNorm
 from model.packed import Packed
 from model.rotary import rotary_angles
+from model.row import Row
 
 Angles = tuple[Tensor, Tensor]
 
@@ -47,10 +48,10 @@ class PackedOutput(ModelOutput):
     Args:
         logprobs: [T] fp32, natural log-probability of each target; None without targets.
         entropy: [T] fp32 in nats, no gradient; None unless asked for.
-        hidden: [T, C].
+        hidden: [T, C], of a row cut over ranks this rank's part.
         aux_loss: the router's losses with their coefficients, a mean over the T tokens; None if
             every coefficient is 0.
-        router_logits: [T, E] fp32, one a layer.
+        router_logits: [T, E] fp32, one a layer, of the same tokens as hidden.
     """
 
     logprobs: Tensor | None = None
@@ -181,6 +182,7 @@ class HybridModel(HybridPreTrainedModel):
         # transformers' switch; the same as checkpointing = "full"
         self.gradient_checkpointing = False
         self.checkpointing: Checkpointing = "none"
+        self.row = Row()
         self.post_init()
 
     def run(
@@ -401,20 +403,24 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     def _forward_packed(
         self, packed: Packed, targets: Tensor | None, temperature: float, with_entropy: bool
     ) -> PackedOutput:
-        hidden, router_logits = self.model.run(packed)
+        row = self.model.row
+        own = row.own(packed)
+        hidden, router_logits = self.model.run(own)
         logprobs = entropy = None
         if targets is not None:
             logprobs, entropy = token_logprobs(
                 hidden,
                 self.lm_head.weight,
-                targets,
+                row.part(targets, own),
                 temperature=temperature,
                 head_fp32=self.config.lm_head_fp32,
             )
+            logprobs = row.whole(logprobs, own)
+            entropy = row.whole(entropy, own) if with_entropy else None
         return PackedOutput(
             logprobs=logprobs,
-            entropy=entropy if with_entropy else None,
+            entropy=entropy,
             hidden=hidden,
-            aux_loss=router_losses(self.config, router_logits),
+            aux_loss=router_losses(self.config, router_logits, row),
             router_logits=router_logits,
         )

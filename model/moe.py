@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from model.config import HybridConfig
 from model.kernels.experts.op import expert_layer
 from model.kernels.experts.router import route, router_logits
+from model.row import Row
+
+WHOLE = Row()
 
 
 class Router(nn.Module):
@@ -59,13 +62,14 @@ class MoE(nn.Module):
         self.capacity_factor = config.expert_capacity_factor
         self.gate = Router(config)
         self.experts = Experts(config)
+        self.drop: Callable[..., Tensor] = drop_over_capacity
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[T, C] -> output [T, C] and router logits [T, E] fp32."""
         logits = self.gate(x)
         weights, chosen = route(logits, self.top_k)
         if self.training and self.capacity_factor > 0:
-            chosen = drop_over_capacity(chosen, logits.shape[-1], self.capacity_factor)
+            chosen = self.drop(chosen, logits.shape[-1], self.capacity_factor)
         return self.experts(x, chosen, weights), logits
 
 
@@ -88,7 +92,12 @@ def drop_over_capacity(chosen: Tensor, num_experts: int, factor: float) -> Tenso
     return torch.empty_like(kept).index_copy_(0, order, kept).view_as(chosen)
 
 
-def balance_loss(router_logits: Sequence[Tensor], top_k: int, scaling: str = "switch") -> Tensor:
+def balance_loss(
+    router_logits: Sequence[Tensor],
+    top_k: int,
+    scaling: str = "switch",
+    row: Row = WHOLE,
+) -> Tensor:
     """Auxiliary loss that grows as the load of the experts grows uneven.
 
     f_i is the share of tokens that chose expert i (sum of f is K), P_i its mean probability.
@@ -98,6 +107,7 @@ def balance_loss(router_logits: Sequence[Tensor], top_k: int, scaling: str = "sw
         scaling: `switch`: E * sum f_i P_i over all layers' tokens together, as transformers
             computes it: K at balance. `paper`: (1/E) * sum (f_i / K) P_i, averaged over layers:
             1/E^2 at balance.
+        row: takes means over this process's tokens to means over all that are counted.
 
     Source: MiniMax-01 report, section 2.1; PAPER notes the factor between the two forms.
     """
@@ -105,7 +115,8 @@ def balance_loss(router_logits: Sequence[Tensor], top_k: int, scaling: str = "sw
     for logits in router_logits:
         loads.append(_load(logits, top_k))
         probabilities.append(logits.softmax(-1).mean(0))
-    load, probability = torch.stack(loads), torch.stack(probabilities)
+    both = torch.stack([torch.stack(loads), torch.stack(probabilities)])
+    load, probability = row.mean(both, router_logits[0].shape[0])
     experts = load.shape[-1]
     if scaling == "paper":
         return (load / top_k * probability).sum(-1).mean() / experts
@@ -126,14 +137,19 @@ def router_z_loss(router_logits: Sequence[Tensor]) -> Tensor:
     return torch.stack([x.logsumexp(-1).square().mean() for x in router_logits]).mean()
 
 
-def router_losses(config: HybridConfig, router_logits: Sequence[Tensor]) -> Tensor | None:
+def router_losses(
+    config: HybridConfig, router_logits: Sequence[Tensor], row: Row = WHOLE
+) -> Tensor | None:
     """The router's losses with their coefficients, a mean over tokens; None if all are 0."""
     losses = []
     if config.router_aux_loss_coef:
-        balance = balance_loss(router_logits, config.num_experts_per_tok, config.router_aux_scaling)
+        balance = balance_loss(
+            router_logits, config.num_experts_per_tok, config.router_aux_scaling, row
+        )
         losses.append(config.router_aux_loss_coef * balance)
     if config.router_z_loss_coef:
-        losses.append(config.router_z_loss_coef * router_z_loss(router_logits))
+        squares = row.mean(router_z_loss(router_logits), router_logits[0].shape[0])
+        losses.append(config.router_z_loss_coef * squares)
     return sum(losses[1:], losses[0]) if losses else None
 
 

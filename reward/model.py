@@ -23,7 +23,6 @@ from torch.nn.utils import skip_init
 
 from model import HybridModel, Packed
 from model.moe import router_losses
-from model.packed import sent
 from reward.hierarchy import Hierarchy
 
 HEADS_FILE = "heads.safetensors"
@@ -122,18 +121,20 @@ class RewardModel(nn.Module):
         if self.gate is not None and prompt_lengths is None:
             raise ValueError("hierarchy.gate = learned reads the prompts; pass prompt_lengths")
         ends = list(accumulate(packed.lengths))
-        hidden, router_logits = self.trunk.run(packed)
+        row = self.trunk.row
+        own = row.own(packed)
+        hidden, router_logits = self.trunk.run(own)
         gate = None
         # Autocast would run the heads in bf16 again.
         with torch.autocast(hidden.device.type, enabled=False):
-            values = self.values(_rows(hidden, [end - 1 for end in ends]))
+            values = self.values(row.take(hidden, [end - 1 for end in ends], own).float())
             if self.gate is not None and prompt_lengths is not None:
                 _check_prompts(packed.lengths, prompt_lengths)
                 starts = [0, *ends[:-1]]
                 last = [s + p - 1 for s, p in zip(starts, prompt_lengths, strict=True)]
-                gate = self.gate(_rows(hidden, last)).softmax(-1)
+                gate = self.gate(row.take(hidden, last, own).float()).softmax(-1)
             overall = self._overall(values, gate)
-        aux_loss = router_losses(self.trunk.config, router_logits)
+        aux_loss = router_losses(self.trunk.config, router_logits, row)
         return RewardOutput(values, overall, gate, aux_loss)
 
     def _overall(self, values: Tensor, gate: Tensor | None) -> Tensor:
@@ -220,10 +221,6 @@ class RewardModel(nn.Module):
                 f"{told.version}; one of the files was changed, train the reward stage anew"
             )
         return model.to(device).eval()
-
-
-def _rows(hidden: Tensor, rows: list[int]) -> Tensor:
-    return hidden.index_select(0, sent(torch.tensor(rows), hidden.device)).float()
 
 
 def _check_prompts(lengths: tuple[int, ...], prompt_lengths: Sequence[int]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from align.data.files import local_files
-from model.config import PRESETS
+from align.loop import TrainConfig
+from model.config import PRESETS, preset
 from stages.artifact import START
 from stages.board import needs_reward
 from stages.document import Document, Keys, nearest
@@ -29,12 +31,15 @@ def parents_of(stage: Stage) -> dict[str, str]:
     return {START: head.start} | rewards | {name: name for name in rows}
 
 
-def cross_check(recipe: Recipe, base: Path, *, with_files: bool = True) -> None:
+def cross_check(
+    recipe: Recipe, base: Path, *, with_files: bool = True, num_processes: int = 0
+) -> None:
     """Checks what no single value shows: references, files, names.
 
     Args:
         base: folder that relative paths are resolved against.
         with_files: False leaves out whether data files and checkpoints exist.
+        num_processes: of the run, which rows and experts are shared over; 0 if not known.
 
     Raises:
         ConfigError: one line with place, key, value and remedy.
@@ -45,6 +50,8 @@ def cross_check(recipe: Recipe, base: Path, *, with_files: bool = True) -> None:
         _check_references(recipe, stage)
     _check_evals(recipe)
     _check_model(recipe, base, with_files)
+    for stage in recipe.stages:
+        _check_parallel(recipe, stage, num_processes, _num_experts(recipe, base))
     document = recipe.document
     evals = enumerate(recipe.evals.values())
     parts: list[tuple[Keys, Any]] = [((MODEL,), recipe.head.model)]
@@ -183,6 +190,27 @@ def _check_model(recipe: Recipe, base: Path, with_files: bool) -> None:
     ):
         if folder and with_files and not (base / folder / file).is_file():
             raise document.error(keys, f"no {file} in this folder; expected a saved checkpoint")
+
+
+def _check_parallel(recipe: Recipe, stage: Stage, num_processes: int, num_experts: int) -> None:
+    if not isinstance(stage.config, TrainConfig):
+        return
+    found = stage.config.parallel.misfit(num_processes, num_experts=num_experts)
+    if found:
+        key, expected = found
+        raise recipe.document.error(("stages", stage.index, "parallel", key), expected)
+
+
+def _num_experts(recipe: Recipe, base: Path) -> int:
+    """Experts a layer of the recipe's model; 0 if its config is not on this machine."""
+    config = recipe.head.model
+    if config.preset:
+        return int(preset(config.preset).num_local_experts)
+    folder = config.folder(base)
+    file = folder / "config.json" if folder else None
+    if file is None or not file.is_file():
+        return 0
+    return int(json.loads(file.read_text(encoding="utf-8")).get("num_local_experts", 0))
 
 
 def _tokenizer_path(document: Document) -> str:

@@ -59,13 +59,14 @@ def run(
     """Climbs a recipe: finished stages are skipped, half-done ones resume."""
     with _guarded(traceback):
         from align.evals import run_eval
+        from model.parallel.mesh import launched_processes
         from stages.checks import cross_check
         from stages.runner import Ground, climb
         from stages.start import make_start
         from stages.table import eval_table
 
         loaded = _load(recipe, sets)
-        cross_check(loaded, Path.cwd())
+        cross_check(loaded, Path.cwd(), num_processes=launched_processes())
         accelerator = _accelerator()
         _keep_memory_of_cpu()
         console = Console(stderr=True, highlight=False)
@@ -98,6 +99,9 @@ def check(
     files: Annotated[
         bool, typer.Option("--files/--without-files", help="Whether data files have to exist.")
     ] = True,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Processes of the run, for parallel; 0 is any number.")
+    ] = 0,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -107,7 +111,7 @@ def check(
         from stages.plan import plan, plan_text
 
         loaded = _load(recipe, sets)
-        cross_check(loaded, Path.cwd(), with_files=files)
+        cross_check(loaded, Path.cwd(), with_files=files, num_processes=processes)
         _show(plan(loaded) if as_json else plan_text(loaded))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,27 @@ def test_a_launch_preset_is_one_that_accelerate_reads(file: Path):
     assert config.num_processes >= 1
     written = YAML(typ="safe").load(file.read_text())
     assert str(config.distributed_type).rpartition(".")[2] == written["distributed_type"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "processes", "told"),
+    [
+        (["parallel.sequence=3"], 8, "parallel.sequence = 3: expected a divisor of the 8 proc"),
+        (["parallel.expert=16"], 0, "expected a divisor of the model's 4 experts: 1, 2, 4"),
+        (["parallel.expert=4"], 6, "the 6 processes and of the model's 4 experts: 1, 2"),
+        (["parallel.sequence=4096"], 0, "parallel.sequence = 4096, expected at most sequence_tok"),
+        (["parallel.sequences=2"], 0, "parallel.sequences = 2: unknown key; did you mean"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_before_it_starts(
+    sets: list[str], processes: int, told: str
+):
+    file = ROOT / "stages/recipes/tiny.yaml"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        cross_check(
+            load_recipe(
+                file, [f"sft-short.{s}" for s in sets], kinds=KINDS, eval_config=EvalConfig
+            ),
+            ROOT,
+            num_processes=processes,
+        )

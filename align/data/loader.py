@@ -81,7 +81,7 @@ class PackedData:
         for item, length in zip(items, self.lengths, strict=True):
             if length > self.sequence_tokens:
                 raise ValueError(
-                    f"{_place(item)}: {length} tokens, longer than sequence_tokens = "
+                    f"{place_of(item)}: {length} tokens, longer than sequence_tokens = "
                     f"{self.sequence_tokens}; raise it or set too_long: skip on its source"
                 )
 
@@ -159,5 +159,6 @@ class PackedData:
         return Batch.from_examples([item for item in chosen if isinstance(item, Example)])
 
 
-def _place(item: Example | Pair) -> str:
+def place_of(item: Example | Pair) -> str:
+    """File and line of an item, for messages."""
     return item.chosen.place if isinstance(item, Pair) else item.place

@@ -104,6 +104,12 @@ def run(config: DpoConfig, job: Job) -> Outcome:
     data, sources = supply_pairs(config, job, tokenizer)
     model = adapted(start, config, job)
     frozen = model if config.lora else copy.deepcopy(start).requires_grad_(False)
-    course = DpoCourse(data, job.accelerator, reference=frozen, config=config)
+    course = DpoCourse(
+        data,
+        job.accelerator,
+        reference=frozen,
+        config=config,
+        ranks_per_row=config.parallel.sequence,
+    )
     metrics = fit(course, model, tokenizer, config=config, job=job)
     return Outcome(metrics, sources)

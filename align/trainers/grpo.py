@@ -78,6 +78,15 @@ class GrpoConfig(TrainConfig):
     """Responses decoded at once by one process; bounds memory, never changes a result."""
 
     @model_validator(mode="after")
+    def _samples_with_all_experts(self) -> Self:
+        if self.parallel.expert > 1:
+            raise ValueError(
+                f"parallel.expert = {self.parallel.expert}, expected 1: every process samples with "
+                "all experts; share rows (parallel.sequence) instead"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _steps_are_made_of_prompts(self) -> Self:
         unused = {"batch_sequences", "batch_items"} & self.model_fields_set
         if unused:
@@ -197,16 +206,14 @@ class GrpoCourse:
     def _rollout(self, index: int) -> tuple[list[list[Example]], dict[str, float]]:
         """Experience of this process for the steps from `index` on, and numbers of all processes.
 
-        Groups are judged against themselves; a deviation over the batch is over all processes.
+        Groups are judged against themselves; a deviation over the batch is over all processes. All
+        processes sample, each prompts of its own; those that share rows learn from each other's.
         """
         config, accelerator = self.config, self.job.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
-        own: list[tuple[Prompt, int]] = []
-        sizes: list[int] = []
-        for step in range(index, min(index + config.updates_per_rollout, self.num_steps)):
-            mine = self.prompts_of(step)[rank::world]
-            own += mine
-            sizes.append(len(mine))
+        covered = range(index, min(index + config.updates_per_rollout, self.num_steps))
+        prompts = [self.prompts_of(step) for step in covered]
+        own = [prompt for of_step in prompts for prompt in of_step[rank::world]]
         self.engine.policy_version = index
         groups = answer(
             self.engine,
@@ -222,15 +229,23 @@ class GrpoCourse:
         )
         every = gather_object([groups]) if world > 1 else [groups]
         found = advantages([g.scores for share in every for g in share], config.scale)
-        metrics = describe([group for share in every for group in share], found)
-        first = sum(len(share) for share in every[:rank])
+        together = [group for share in every for group in share]
+        metrics = describe(together, found)
+        # the places in `together` of each step's prompts, in the prompts' own order
+        places = [[0] * len(of_step) for of_step in prompts]
+        every_place = iter(range(len(together)))
+        for sampler in range(world):
+            for of_step in places:
+                for number in range(sampler, len(of_step), world):
+                    of_step[number] = next(every_place)
+        row, rows = config.parallel.place(rank), config.parallel.rows_at_once(world)
         steps: list[list[Example]] = []
-        for number, size in enumerate(sizes):
-            begin = sum(sizes[:number])
-            values = found.values[first + begin : first + begin + size]
+        for of_step in places:
+            mine = of_step[row::rows]
+            values = tuple(found.values[place] for place in mine)
             if config.flat_groups == "leave_out":
                 values = tuple(v if any(v) else (None,) * len(v) for v in values)
-            steps.append(examples_of(groups[begin : begin + size], values))
+            steps.append(examples_of([together[place] for place in mine], values))
         if config.behaviour == "trainer":
             steps[1:] = [self._rescored(examples) for examples in steps[1:]]
         return steps, metrics

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from pydantic import Field
 from torch import nn
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.course import Course, Job, Outcome, Step
 from align.data.batch import Batch
-from align.data.loader import PackedData
+from align.data.loader import PackedData, place_of
 from align.data.sources import DataConfig
 from align.data.supply import supply_texts
 from align.loop import TrainConfig, train
@@ -23,6 +24,8 @@ from align.losses.lm import lm_loss
 from align.losses.types import Loss
 from align.policy import load_policy, save_policy
 from model import HybridForCausalLM
+from model.parallel.apply import parallelize
+from model.parallel.mesh import open_mesh
 
 
 class LmConfig(TrainConfig):
@@ -36,10 +39,27 @@ class LmConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class FixedCourse:
-    """A course over rows that are known beforehand: each step is a function of its index."""
+    """A course over rows that are known beforehand: each step is a function of its index.
+
+    Args:
+        ranks_per_row: neighbouring processes that compute the same rows together.
+
+    Raises:
+        ValueError: if an item alone would have no token for some of them.
+    """
 
     data: PackedData
     accelerator: Accelerator
+    ranks_per_row: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        short = min(self.data.lengths)
+        if short < self.ranks_per_row:
+            place = place_of(self.data.items[self.data.lengths.index(short)])
+            raise ValueError(
+                f"{place}: {short} tokens, expected one or more for each of parallel.sequence = "
+                f"{self.ranks_per_row} processes; lower it or leave the row out"
+            )
 
     @property
     def num_steps(self) -> int:
@@ -47,8 +67,8 @@ class FixedCourse:
 
     def step(self, index: int) -> Step:
         accelerator = self.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
-        return Step(self.data.batches(index, rank, world))
+        rank = accelerator.process_index // self.ranks_per_row
+        return Step(self.data.batches(index, rank, accelerator.num_processes // self.ranks_per_row))
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -73,13 +93,26 @@ class LmCourse(FixedCourse):
 
 
 def open_start(config: TrainConfig, job: Job) -> tuple[HybridForCausalLM, PreTrainedTokenizerBase]:
-    """The policy that a stage starts from, on the stage's device.
+    """The policy that a stage starts from, on the stage's device, shared as config.parallel says.
 
     Trained weights are as optim.weights says; the frozen base under an adapter may be bf16.
+
+    Raises:
+        ValueError: if no policy stands there, or it cannot be shared so.
     """
     is_frozen = config.lora is not None and config.precision == "bf16"
     dtype = torch.bfloat16 if is_frozen or config.optim.weights != "fp32" else torch.float32
-    return load_policy(job.start, dtype=dtype, device=job.accelerator.device)
+    accelerator, parallel = job.accelerator, config.parallel
+    # before the weights are read, which takes minutes
+    parallel.check(accelerator.num_processes)
+    model, tokenizer = load_policy(job.start, dtype=dtype, device=accelerator.device)
+    mesh = open_mesh(
+        parallel,
+        device_type=accelerator.device.type,
+        is_sharded=accelerator.distributed_type == DistributedType.FSDP,
+    )
+    parallelize(model, mesh, parallel)
+    return model, tokenizer
 
 
 def adapted(
@@ -112,6 +145,6 @@ def run(config: LmConfig, job: Job) -> Outcome:
     """
     model, tokenizer = open_start(config, job)
     data, sources = supply_texts(config, job, tokenizer)
-    course = LmCourse(data, job.accelerator)
+    course = LmCourse(data, job.accelerator, ranks_per_row=config.parallel.sequence)
     metrics = fit(course, adapted(model, config, job), tokenizer, config=config, job=job)
     return Outcome(metrics, sources)

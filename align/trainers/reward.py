@@ -12,11 +12,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from accelerate.utils import DistributedType
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -60,6 +60,15 @@ class RewardConfig(TrainConfig):
     """Weight of the squared sum of a pair's two values, which keeps them around 0."""
     margin_scale: float = Field(default=0.0, ge=0)
     """The chosen answer should lead by this times the label's margin, in logits."""
+
+    @model_validator(mode="after")
+    def _holds_all_experts(self) -> Self:
+        if self.parallel.expert > 1:
+            raise ValueError(
+                f"parallel.expert = {self.parallel.expert}, expected 1: a reward model is measured "
+                "and saved with all experts; share rows (parallel.sequence) instead"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,13 @@ def run(config: RewardConfig, job: Job) -> Outcome:
     check_labels((*_pairs(trained), *dev), columns)
     _check_heads(config, _pairs(trained), model.signals)
     before = pair_accuracy(model, dev, curriculum=_measure(config))
-    course = RewardCourse(data, job.accelerator, columns=columns, config=config)
+    course = RewardCourse(
+        data,
+        job.accelerator,
+        columns=columns,
+        config=config,
+        ranks_per_row=config.parallel.sequence,
+    )
     metrics = train(course, model, config=config, job=job)
     if adapters is not None:
         # fp32: small updates vanish when added in bf16.

@@ -27,6 +27,6 @@ def run(config: SftConfig, job: Job) -> Outcome:
     """
     model, tokenizer = open_start(config, job)
     data, sources = supply_chats(config, job, tokenizer)
-    course = LmCourse(data, job.accelerator)
+    course = LmCourse(data, job.accelerator, ranks_per_row=config.parallel.sequence)
     metrics = fit(course, adapted(model, config, job), tokenizer, config=config, job=job)
     return Outcome(metrics, sources)
