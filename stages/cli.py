@@ -68,7 +68,6 @@ def run(
         loaded = _load(recipe, sets)
         cross_check(loaded, Path.cwd(), num_processes=launched_processes())
         accelerator = _accelerator()
-        _keep_memory_of_cpu()
         console = Console(stderr=True, highlight=False)
 
         def say(line: str) -> None:
@@ -133,7 +132,6 @@ def evaluate(
         from stages.commands import chosen_evals, result_table
 
         loaded = _load(recipe, sets)
-        _keep_memory_of_cpu()
         results = [
             run_eval(
                 config,
@@ -317,16 +315,6 @@ def _refuse_lost_processes(started: int) -> None:
             "several on a CPU use `accelerate launch --config_file stages/launch/cpu.yaml "
             "--num_processes N -m stages run ...`"
         )
-
-
-def _keep_memory_of_cpu() -> None:
-    import torch
-
-    from stages.heap import keep_freed_memory
-
-    # With a GPU the host's memory serves loading only, and loading shall give it back.
-    if not torch.cuda.is_available():
-        keep_freed_memory()
 
 
 def _show(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""How the process keeps memory on a CPU."""
+"""How the process keeps memory on a CPU; a setting to measure with, which no command turns on."""
 
 from __future__ import annotations
 
