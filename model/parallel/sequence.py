@@ -27,10 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from model.kernels.attention.op import packed_attention
+from model.kernels.attention.op import (
+    merge_attention,
+    packed_attention,
+    packed_attention_backward,
+    packed_attention_lse,
+)
 from model.kernels.lightning.op import lightning_attention
 from model.packed import Packed, sent
 from model.parallel.collectives import all_gather, exchange, gather_parts, sum_over
@@ -377,24 +381,55 @@ def attend_by_keys(
     keys, values = kv[start - past : start + q.shape[0]].split(k.shape[1], dim=1)
     if not past:
         return packed_attention(q, keys, values, lengths, window=window)
+    own = slice(past, None)
+    if window is not None:
+        # of the tokens here, only the first window - 1 see keys of the parts before
+        local = packed_attention(q, keys[own], values[own], lengths, window=window)
+        rows = min(lengths[0], window - 1)
+        seen = slice(past + rows)
+        return torch.cat([_attend_window(q[:rows], keys[seen], values[seen], window), local[rows:]])
     first = lengths[0]
-    outs = [_attend_after(q[:first], keys[: past + first], values[: past + first], window)]
-    if lengths[1:]:
-        rest = slice(past + first, None)
-        outs.append(
-            packed_attention(q[first:], keys[rest], values[rest], lengths[1:], window=window)
-        )
-    return torch.cat(outs)
+    seen, rest = slice(past + first), slice(past + first, None)
+    out = _AttendAfter.apply(q[:first], keys[seen], values[seen])
+    if len(lengths) == 1:
+        return out
+    return torch.cat([out, packed_attention(q[first:], keys[rest], values[rest], lengths[1:])])
 
 
-def _attend_after(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """The last tokens [n, H, D] of a document, to all its keys [past + n, G, D]."""
-    mask: Any = causal_lower_right(q.shape[0], k.shape[0])
-    if window is not None and window < k.shape[0]:
-        place = torch.arange(k.shape[0], device=q.device)
-        behind = place[-q.shape[0] :, None] - place[None, :]
-        mask = (behind >= 0) & (behind < window)
+def _attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The last tokens [n, H, D] of a document, n < window, to its last keys [past + n, G, D]."""
+    place = torch.arange(k.shape[0], device=q.device)
+    behind = place[-q.shape[0] :, None] - place[None, :]
+    mask = (behind >= 0) & (behind < window)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return out[0].transpose(0, 1)
+
+
+class _AttendAfter(torch.autograd.Function):
+    """The last tokens [n, H, D] of a document, to all its keys [past + n, G, D].
+
+    The keys of before, which all tokens see, and those of the tokens themselves, under the causal
+    mask, are attended to apart and merged by their log-sum-exp: no mask of both is ever made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        past, own = k.shape[0] - q.shape[0], [q.shape[0]]
+        out, lse = packed_attention_lse(q, k[:past], v[:past], own, key_lengths=[past])
+        out, lse = merge_attention(out, lse, *packed_attention_lse(q, k[past:], v[past:], own))
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        past, own = k.shape[0] - q.shape[0], [q.shape[0]]
+        before = packed_attention_backward(
+            grad, q, k[:past], v[:past], out, lse, own, key_lengths=[past]
+        )
+        after = packed_attention_backward(grad, q, k[past:], v[past:], out, lse, own)
+        to_k, to_v = (torch.cat(pair) for pair in zip(before[1:], after[1:], strict=True))
+        return before[0] + after[0], to_k, to_v
