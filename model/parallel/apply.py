@@ -15,7 +15,8 @@ from model.lightning import LightningAttention, decay_slopes
 from model.moe import Experts, MoE
 from model.parallel.expert import CountedDrop, ExpertShare, shard_experts
 from model.parallel.mesh import Mesh, ParallelConfig
-from model.parallel.sequence import CutRow, LightningShare, SoftmaxShare
+from model.parallel.sequence import CutRow, LightningShare
+from model.parallel.softmax import SoftmaxShare
 
 
 def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:

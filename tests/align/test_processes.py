@@ -33,6 +33,8 @@ from align.policy import load_policy, save_policy
 from align.trainers.dpo import DpoConfig, DpoCourse
 from align.trainers.lm import LmCourse
 from align.data.sources import DataConfig
+from model.parallel.apply import parallelize
+from model.parallel.mesh import ParallelConfig, open_mesh
 from tests.align import small
 from tests.align.test_loop import Course
 
@@ -42,7 +44,7 @@ torch.set_num_threads(1)
 job = small.job(folder)
 accelerator = job.accelerator
 model = small.model()
-if kind == "fsdp" and accelerator.num_processes > 1:
+if kind.startswith("fsdp") and accelerator.num_processes > 1:
     # accelerate offers FSDP only to accelerators, but what it calls runs on CPUs as well.
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.distributed_type = DistributedType.FSDP
@@ -51,6 +53,9 @@ if kind == "fsdp" and accelerator.num_processes > 1:
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Block"],
     )
+shares_rows = kind == "fsdp-rows" and accelerator.num_processes > 1
+parallel = ParallelConfig(sequence=2 if shares_rows else 1)
+parallelize(model, open_mesh(parallel, device_type="cpu", is_sharded=True), parallel)
 optim = OptimConfig(lr=1e-2, clip_norm=0.5)
 if is_bf16:
     weights = {"lm": "bf16_stochastic", "fsdp": "bf16_master"}[kind]
@@ -83,7 +88,8 @@ else:
         precision=precision,
         checkpointing="selective" if kind == "fsdp" else "none",
     )
-    course = stopping(LmCourse)(PackedData(small.examples(7), **shape), accelerator)
+    data = PackedData(small.examples(7), **shape)
+    course = stopping(LmCourse)(data, accelerator, ranks_per_row=parallel.sequence)
     if kind == "poisoned":
         shared = LmCourse.loss
         def loss(self, model, batch):
@@ -94,7 +100,7 @@ try:
     train(course, model, config=config, job=job)
 except Stop:
     sys.exit(0)
-if kind == "fsdp":
+if kind.startswith("fsdp"):
     is_sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert is_sharded == (accelerator.num_processes > 1)
     save_policy(model, small.tokenizer(), folder / "artifact")
@@ -136,7 +142,7 @@ def results(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("kind", ["lm", "dpo", "fsdp"])
+@pytest.mark.parametrize("kind", ["lm", "dpo", "fsdp", "fsdp-rows"])
 def test_two_processes_train_what_one_trains(tmp_path: Path, kind: str) -> None:
     for processes in (1, 2):
         told = run(kind, tmp_path / str(processes), processes)

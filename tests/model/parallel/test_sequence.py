@@ -17,14 +17,8 @@ from model.kernels.attention.op import packed_attention
 from model.kernels.lightning.op import lightning_attention
 from model.packed import Packed
 from model.parallel.mesh import Axis, ParallelConfig, open_mesh
-from model.parallel.sequence import (
-    LightningShare,
-    ShardLengths,
-    attend_by_heads,
-    attend_by_keys,
-    cut,
-    trades_heads,
-)
+from model.parallel.sequence import LightningShare, ShardLengths, cut
+from model.parallel.softmax import attend_by_heads, attend_by_keys, trades_heads
 from tests.helpers import assert_close
 from tests.model.parallel.lasp_serial import serial_lasp
 from tests.model.parallel.world import world
