@@ -11,8 +11,6 @@ sum of the weight's gradient.
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,14 +18,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.kernels import DEVICE, copy_bandwidth, median_ms, say
 from model.kernels.norm.op import gated_norm, join_norm, rms_norm
 from model.kernels.qkv.op import silu_qkv
 from model.kernels.rotary.op import rotate
 from model.rotary import rotary_angles
 
 GOAL = 0.8
-PAUSE_CYCLES = 2_000_000
-DEVICE = torch.device("cuda")
 EPS, ALPHA = 1e-6, 3.5565588200778455
 
 
@@ -44,33 +41,6 @@ class Op:
     leaves: Sequence[Tensor]
     forward: int
     backward: int
-
-
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-def median_ms(work: Callable[[], object], repeats: int = 11) -> float:
-    for _ in range(2):
-        work()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(PAUSE_CYCLES)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a device copy, read and written."""
-    source = torch.empty(2**31, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (median_ms(lambda: target.copy_(source)) * 1e-3)
 
 
 def noise(*shape: int) -> Tensor:

@@ -16,7 +16,6 @@ import argparse
 import gc
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,18 +27,13 @@ from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from align.peaks import named_peak
 from align.wide_adamw import WideAdamW
+from benchmarks.kernels import DEVICE, say
 from model import HybridConfig, HybridForCausalLM, Packed
 from model.checkpointing import Checkpointing
 from model.config import PRESETS, count_operations, count_parameters, preset
 
-DEVICE = torch.device("cuda")
 PASSES = 5
 Pass = Callable[[], Tensor]
-
-
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 @dataclass(frozen=True)

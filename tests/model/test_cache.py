@@ -113,6 +113,7 @@ def test_pages_come_back_when_slots_are_freed(model: HybridForCausalLM):
         continue_cache(model, cache, {fork: [5]})
         cache.free(slot)
         cache.free(fork)
+        assert cache.num_free_pages == 5
 
 
 def test_cache_says_when_it_is_full(model: HybridForCausalLM):

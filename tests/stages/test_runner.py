@@ -188,6 +188,7 @@ def test_a_lock_left_by_a_dead_process_locks_nothing(recipe: Path):
     (recipe.parent / "run").mkdir()
     (recipe.parent / "run/.lock").write_text("999999\n")
     run(recipe, until="sft-short")
+    assert (recipe.parent / "run/sft-short/artifact").is_dir()
 
 
 def test_a_start_that_stands_elsewhere_is_used_in_place_and_watched(recipe: Path):

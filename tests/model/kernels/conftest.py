@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,12 +10,18 @@ from torch import Tensor
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor made without values starts as NaN, so that an unwritten element shows."""
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: _nan(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _nan(empty_like(*a, **k)))
+    for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(place, name, _poisoned(getattr(place, name)))
 
 
-def _nan(x: Tensor) -> Tensor:
+def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args, **options: _spoil(make(*args, **options))
+
+
+def _spoil(x: Tensor) -> Tensor:
     # torch's checkpoint makes an empty one that wants a gradient
-    is_value = x.is_floating_point() and x.numel() > 0
-    return x.fill_(float("nan")) if is_value else x
+    if not x.numel():
+        return x
+    if x.is_floating_point():
+        return x.fill_(float("nan"))
+    return x.fill_(2**30) if x.dtype in (torch.int32, torch.int64) else x

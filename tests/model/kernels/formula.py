@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +23,14 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def launch(room: str) -> ModuleType:
-    pytest.importorskip("triton")
+    """`launch.py` of one op, whose kernels are then interpreted or run."""
+    triton = pytest.importorskip("triton")
+    if (
+        not CUDA
+        and triton.__version__.startswith("3.6.")
+        and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+    ):
+        pytest.skip("triton 3.6 interprets loops with numpy < 2.4 only; newer triton does with any")
     return importlib.import_module(f"model.kernels.{room}.launch")
 
 

@@ -6,11 +6,9 @@ Interpreted products keep fp32; bf16 products are not interpreted, so 16 bits ar
 from __future__ import annotations
 
 import functools
-import importlib
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,32 +17,22 @@ from model.kernels.experts.blocks import expert_layer_blocks
 from model.kernels.experts.reference import experts_reference
 from model.kernels.experts.router import router_logits
 from tests.helpers import assert_close
+from tests.model.kernels import formula
 
 ROOT = Path(__file__).parents[3]
-BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-3}
-CUDA = torch.cuda.is_available()
-"""A process interprets or compiles, not both (`tests/conftest.py`); a GPU, if any, runs all."""
-DEVICE = "cuda" if CUDA else "cpu"
+BOUND = formula.BOUND
+CUDA = formula.CUDA
+DEVICE = formula.DEVICE
 
 
 @pytest.fixture(scope="module")
 def launch() -> ModuleType:
-    triton = pytest.importorskip("triton")
-    if (
-        not CUDA
-        and triton.__version__.startswith("3.6.")
-        and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-    ):
-        pytest.skip("triton 3.6 interprets loops with numpy < 2.4 only; newer triton does with any")
-    return importlib.import_module("model.kernels.experts.launch")
+    return formula.launch("experts")
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor made without values starts as NaN, so that an unwritten element shows."""
-    empty, new_empty, grouped = torch.empty, Tensor.new_empty, torch._grouped_mm
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: _nan(empty(*a, **k)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: _nan(new_empty(*a, **k)))
+def _poison_products(poison: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    grouped = torch._grouped_mm
 
     def product(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
         out = grouped(left, right, offs=offs)
@@ -54,10 +42,6 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
         return out
 
     monkeypatch.setattr(torch, "_grouped_mm", product)
-
-
-def _nan(x: Tensor) -> Tensor:
-    return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(2**30)
 
 
 class Case:

@@ -6,13 +6,11 @@ Interpreted products keep fp32; bf16 products are not interpreted, so 16 bits ar
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,37 +18,20 @@ from torch import Tensor
 from model.kernels.lightning import op, plan
 from model.kernels.lightning.reference import lightning_reference
 from tests.helpers import assert_close
+from tests.model.kernels import formula
 
 ROOT = Path(__file__).parents[3]
-BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-3}
+BOUND = formula.BOUND
 RAGGED = ([1], [63], [64], [65], [1000], [65, 1, 130], [1, 1, 1], [33, 200, 1, 64])
-CUDA = torch.cuda.is_available()
-"""A process interprets or compiles, not both (`tests/conftest.py`); a GPU, if any, runs all."""
+CUDA = formula.CUDA
+
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.fixture(scope="module")
 def launch() -> ModuleType:
-    triton = pytest.importorskip("triton")
-    if (
-        not CUDA
-        and triton.__version__.startswith("3.6.")
-        and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-    ):
-        pytest.skip("triton 3.6 interprets loops with numpy < 2.4 only; newer triton does with any")
-    return importlib.import_module("model.kernels.lightning.launch")
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor made without values starts as NaN, so that an unwritten element shows."""
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: _nan(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _nan(empty_like(*a, **k)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: _nan(new_empty(*a, **k)))
-
-
-def _nan(x: Tensor) -> Tensor:
-    return x.fill_(float("nan")) if x.is_floating_point() else x
+    return formula.launch("lightning")
 
 
 class Case:

@@ -6,10 +6,8 @@ Triton's interpreter multiplies no bf16; `compile_ahead.py` compiles both.
 from __future__ import annotations
 
 import functools
-import importlib
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,36 +15,21 @@ from torch import Tensor
 from model.kernels.logprob import op
 from model.kernels.logprob.reference import token_logprobs_reference
 from tests.helpers import assert_close
+from tests.model.kernels import formula
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+CUDA = formula.CUDA
+DEVICE = formula.DEVICE
 # gradients are products of slopes rounded to 16 bits; the rest is fp32 throughout
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 5e-3}
 gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 
 
+pytestmark = pytest.mark.usefixtures("poison")
+
+
 @pytest.fixture(scope="module")
 def launch() -> ModuleType:
-    triton = pytest.importorskip("triton")
-    if (
-        not CUDA
-        and triton.__version__.startswith("3.6.")
-        and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-    ):
-        pytest.skip("triton 3.6 interprets loops with numpy < 2.4 only; newer triton does with any")
-    return importlib.import_module("model.kernels.logprob.launch")
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor made without values starts as NaN, so that an unwritten element shows."""
-    empty_like, new_empty = torch.empty_like, Tensor.new_empty
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _nan(empty_like(*a, **k)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: _nan(new_empty(*a, **k)))
-
-
-def _nan(x: Tensor) -> Tensor:
-    return x.fill_(float("nan")) if x.is_floating_point() else x
+    return formula.launch("logprob")
 
 
 class Case:
