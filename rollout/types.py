@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "repetition", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,20 @@ class Completion:
     policy_version: int
 
 
+@dataclass(frozen=True)
+class Token:
+    """One token as it is sampled; the last one of a sample carries the whole completion.
+
+    A sample that is cancelled ends with token -1 and the completion of what it had.
+    """
+
+    request_id: str
+    sample: int
+    token: int
+    logprob: float
+    completion: Completion | None = None
+
+
 class Engine(Protocol):
     """Anything that samples from a policy and takes new weights for it."""
 
@@ -106,3 +120,31 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class StreamingEngine(Engine, Protocol):
+    """An engine that takes requests while others run: what a service drives, one turn at a time."""
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; its tokens come out of later turns.
+
+        Raises:
+            ValueError: if the request can never fit, or its id is already in flight.
+        """
+        ...
+
+    def step(self) -> list[Token]:
+        """One turn: prefill what is admitted, decode one token of every live sample.
+
+        Empty and free of cost when nothing is in flight.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request: its slots and pages are free at once. An unknown id is an error."""
+        ...
+
+    @property
+    def num_in_flight(self) -> int:
+        """Samples queued or live."""
+        ...
