@@ -63,8 +63,8 @@ def pack(lengths: Sequence[int], vocabulary: int) -> Packed:
     return Packed(tokens, positions, tuple(lengths))
 
 
-def build(kind: type[nn.Module], config: HybridConfig) -> nn.Module:
-    torch.manual_seed(0)
+def build(kind: type[nn.Module], config: HybridConfig, *, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     with torch.device(DEVICE):
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)

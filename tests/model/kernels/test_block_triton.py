@@ -187,9 +187,9 @@ def loss_and_gradients(model: HybridForCausalLM, device: str) -> dict[str, Tenso
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("total", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [32, 64, 96, 128])
-@pytest.mark.parametrize("total", LENGTHS)
 def test_the_whole_matrix_of_heads(total: int, dim: int, dtype: torch.dtype):
     for is_strided in (False, True):
         case = qkv_case(total, 3, dim, dtype, is_strided=is_strided)

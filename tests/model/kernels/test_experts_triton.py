@@ -265,8 +265,8 @@ MATRIX = [
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-@pytest.mark.parametrize(("dtype", "size", "inner", "experts", "top"), MATRIX, ids=str)
 @pytest.mark.parametrize("loads", ["any", "one", "dropped"])
+@pytest.mark.parametrize(("dtype", "size", "inner", "experts", "top"), MATRIX, ids=str)
 def test_the_whole_matrix(
     launch: ModuleType, loads: str, dtype: torch.dtype, size: int, inner: int, experts: int,
     top: int,

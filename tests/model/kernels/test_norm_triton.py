@@ -186,9 +186,9 @@ def test_backward_keeps_inputs_and_one_number_a_row():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("total", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [32, 96, 128, 2048, 8192])
-@pytest.mark.parametrize("total", LENGTHS)
 def test_the_whole_matrix_of_norms(total: int, columns: int, dtype: torch.dtype):
     room = launch("norm")
     for is_strided in (False, True):
