@@ -127,22 +127,20 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         head_fp32: bool,
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, normalisers, kept = [], [], [], []
+        logprobs, entropies, kept = [], [], []
         size = hidden.shape[0] * weight.shape[0] * 4
         keeps = hidden.is_cpu and any(ctx.needs_input_grad[:2]) and size <= _KEPT_BYTES
         step = _piece_rows(weight, hidden.dtype)
         for rows, target in zip(hidden.split(step), targets.split(step), strict=True):
             logits = _piece_logits(rows, weight, temperature, head_fp32=head_fp32)
-            normaliser = logits.logsumexp(-1)
-            logits.sub_(normaliser[:, None])
-            logprobs.append(logits.gather(1, target[:, None])[:, 0])
-            # not normaliser - sum p z: both are large where the entropy is small
-            probabilities = logits.exp()
-            entropies.append(torch.linalg.vecdot(probabilities, logits).neg_())
-            normalisers.append(normaliser)
+            every = logits.log_softmax(-1)
+            logprobs.append(every.gather(1, target[:, None])[:, 0])
+            # not logsumexp - sum p z: both are large where the entropy is small
+            probabilities = torch.exp(every, out=logits)
+            entropies.append(torch.linalg.vecdot(probabilities, every).neg_())
             if keeps:
                 kept.append(probabilities)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers), *kept)
+        ctx.save_for_backward(hidden, weight, targets, *kept)
         ctx.temperature, ctx.head_fp32 = temperature, head_fp32
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
@@ -150,7 +148,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, normalisers, *kept = ctx.saved_tensors
+        hidden, weight, targets, *kept = ctx.saved_tensors
         temperature, head_fp32 = ctx.temperature, ctx.head_fp32
         wide = grad.dtype
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -160,13 +158,13 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], step):
             piece = slice(start, start + step)
             rows = hidden[piece]
+            share = grad[piece, None] / temperature
             if kept:
-                slope = kept[start // step].neg()
+                slope = kept[start // step] * -share
             else:
                 logits = _piece_logits(rows, weight, temperature, head_fp32=head_fp32)
-                slope = logits.sub_(normalisers[piece, None]).exp_().neg_()
-            slope.scatter_add_(1, targets[piece, None], torch.ones_like(slope[:, :1]))
-            slope.mul_(grad[piece, None] / temperature)
+                slope = logits.softmax(-1).mul_(-share)
+            slope.scatter_add_(1, targets[piece, None], share)
             back = wide if head_fp32 else weight.dtype
             slope = slope.to(back)
             if grad_hidden is not None:

@@ -44,11 +44,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: Form = "auto") -> T
         from model.kernels.norm.launch import norm_triton
 
         return norm_triton(x, weight, eps)
-    weight = weight.to(x.dtype)
-    exact = x.dtype in (torch.float32, torch.float64)
-    if x.device.type == "cpu" and exact and not torch.compiler.is_compiling():
-        return _RMSNorm.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight, eps)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return _RMSNorm.apply(x.to(wide), weight.to(wide), eps).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 def join(residual: Tensor, branch: Tensor, gain: tuple[float, float]) -> Tensor:
