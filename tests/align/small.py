@@ -76,6 +76,8 @@ def job(folder: Path, start: Path | None = None, **changes: Any) -> Job:
         "start": start or folder / "start",
         "base": folder,
         "seed": 0,
-        "accelerator": Accelerator(cpu=True),
     }
+    # not made beside another: accelerate keeps one device a process
+    if "accelerator" not in changes:
+        given["accelerator"] = Accelerator(cpu=True)
     return Job(**(given | changes))
