@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from model.config import HybridConfig
 from model.packed import Packed
+from model.step import CacheStep, DecodeStep, Snapshot
 
 
 class DecodeCache(Cache):
@@ -120,8 +120,7 @@ class DecodeCache(Cache):
             ValueError: if the slot is not allocated.
         """
         self._check_taken((slot,))
-        for page in self.tables[slot]:
-            self._release(page)
+        self.release(self.tables[slot])
         self.tables[slot] = []
         self.lengths[slot] = 0
         self.free_slots.append(slot)
@@ -132,6 +131,61 @@ class DecodeCache(Cache):
         fresh = -(-(held + new_tokens) // self.page_tokens) - len(table)
         shared_tail = held % self.page_tokens and self.users[table[-1]] > 1
         return fresh + bool(shared_tail)
+
+    def fill(self, slot: int) -> None:
+        """Gives an empty slot a page, so that it can stand for rows that hold nothing."""
+        self.tables[slot].append(self._take())
+
+    def save(self, slot: int) -> Snapshot:
+        """What the slot holds, on the host; the slot stays as it is.
+
+        Raises:
+            ValueError: if the slot is not allocated.
+        """
+        self._check_taken((slot,))
+        table = torch.tensor(self.tables[slot], dtype=torch.int64).to(self.pages.device)
+        return Snapshot(
+            self.lengths[slot],
+            self.states[:, slot].to("cpu", copy=True),
+            self.pages.index_select(2, table).to("cpu"),
+        )
+
+    def load(self, saved: Snapshot, *, like: int = -1, shared: int = 0) -> int:
+        """A new slot that holds what was saved.
+
+        Args:
+            like: a slot whose first `shared` pages are the same tokens' and full; they are shared
+                instead of copied.
+
+        Raises:
+            RuntimeError: if no slot or too few pages are free.
+        """
+        fresh = saved.num_pages - shared
+        if fresh > len(self.free_pages):
+            raise RuntimeError(
+                f"{fresh} pages are needed, {len(self.free_pages)} of {len(self.users)} are free; "
+                "make num_pages larger or run fewer sequences at once"
+            )
+        slot = self.allocate()
+        self.states[:, slot] = saved.states.to(self.states.device)
+        self.lengths[slot] = saved.length
+        self.hold(slot, self.tables[like][:shared] if shared else [])
+        own = [self._take() for _ in range(fresh)]
+        self.tables[slot] += own
+        place = torch.tensor(own, dtype=torch.int64).to(self.pages.device)
+        self.pages.index_copy_(2, place, saved.pages[:, :, shared:].to(self.pages.device))
+        return slot
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Gives back pages that were held without a slot; those of nobody else are free."""
+        for page in pages:
+            self._release(page)
+
+    def hold(self, slot: int, pages: Sequence[int]) -> None:
+        """Gives `slot` full pages that others hold, behind those that it has."""
+        for page in pages:
+            self.users[page] += 1
+        self.tables[slot] += pages
 
     def begin(self, slots: Sequence[int], packed: Packed) -> CacheStep:
         """Makes room for sequence i of `packed` in `slots[i]` and says where everything lies.
@@ -172,6 +226,41 @@ class DecodeCache(Cache):
             index=torch.tensor(slots).to(device),
             is_fresh=not any(past),
         )
+
+    def begin_decode(self, slots: Sequence[int], *, filler: int, rows: int) -> DecodeStep:
+        """Makes room for one token in each of `slots`.
+
+        Args:
+            filler: a slot with at least one page that takes what rows beyond the slots write.
+            rows: S, at least the number of slots.
+
+        Raises:
+            RuntimeError: if too few pages are free; nothing has changed then.
+        """
+        self._check_room(slots, (1,) * len(slots))
+        for slot in slots:
+            self._reserve(slot, 1)
+        every = [*slots, *[filler] * (rows - len(slots))]
+        most = max(len(self.tables[slot]) for slot in every)
+        table = torch.zeros(len(self.lengths), most, dtype=torch.int32)
+        for slot in set(every):
+            table[slot] = torch.tensor(self._row(slot, most))
+        lengths = [self.lengths[slot] + 1 for slot in slots] + [1] * (rows - len(slots))
+        device = self.states.device
+        return DecodeStep(
+            self.states,
+            self.pages,
+            self.lightning,
+            self.softmax,
+            table.to(device),
+            torch.tensor(every).to(device),
+            torch.tensor(lengths).to(device),
+        )
+
+    def count(self, slots: Sequence[int]) -> None:
+        """Counts one token of each slot as held, once every layer has seen it."""
+        for slot in slots:
+            self.lengths[slot] += 1
 
     def _check_starts(self, slots: Sequence[int], packed: Packed) -> None:
         # on a device the comparison would make every decoding step wait for it
@@ -286,48 +375,3 @@ class DecodeCache(Cache):
 
 def _numbers(kinds: Sequence[str], kind: str) -> list[int]:
     return [number for number, name in enumerate(kinds) if name == kind]
-
-
-@dataclass(frozen=True)
-class CacheStep:
-    """One forward's view of a cache: who continues what, and where new keys go.
-
-    Args:
-        past: [S] int64, tokens held before; is_fresh if all are 0.
-        rows: [T] int64, row of each new token in the pages laid end to end.
-        table: [S, P] int64, pages of each slot, the last repeated to P.
-        index: [S] int64, the slots.
-    """
-
-    cache: DecodeCache
-    slots: tuple[int, ...]
-    lengths: tuple[int, ...]
-    past: Tensor
-    rows: Tensor
-    table: Tensor
-    index: Tensor
-    is_fresh: bool
-
-    def state(self, layer: int) -> Tensor:
-        """[S, H, D, D] fp32, the lightning states before the new tokens."""
-        return self.cache.states[self.cache.lightning[layer]].index_select(0, self.index)
-
-    def put_state(self, layer: int, state: Tensor) -> None:
-        self.cache.states[self.cache.lightning[layer]].index_copy_(0, self.index, state.detach())
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Stores the new tokens' keys and values, each [T, G, D]."""
-        pages = self.cache.pages[self.cache.softmax[layer]]
-        for store, new in zip(pages, (k, v), strict=True):
-            store.flatten(0, 1).index_copy_(0, self.rows, new.detach().to(store.dtype))
-
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of every slot, each [S, P * page_tokens, G, D]."""
-        pages = self.cache.pages[self.cache.softmax[layer]]
-        keys, values = (store[self.table].flatten(1, 2) for store in pages)
-        return keys, values
-
-    def end(self) -> None:
-        """Counts the new tokens as held, once every layer has seen them."""
-        for slot, length in zip(self.slots, self.lengths, strict=True):
-            self.cache.lengths[slot] += length
