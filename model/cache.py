@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from model.config import HybridConfig
-from model.packed import Packed
+from model.packed import Packed, sent
 from model.step import CacheStep, DecodeStep, Snapshot
 
 
@@ -74,6 +75,8 @@ class DecodeCache(Cache):
         self.users = [0] * num_pages
         self.free_pages = list(range(num_pages - 1, -1, -1))
         self.free_slots = list(range(num_slots - 1, -1, -1))
+        # slots whose pages have changed since they were sent to `table`
+        self._unsent: set[int] = set()
 
     @property
     def num_free_pages(self) -> int:
@@ -109,6 +112,7 @@ class DecodeCache(Cache):
         self.states[:, new] = self.states[:, slot]
         self.lengths[new] = self.lengths[slot]
         self.tables[new] = list(self.tables[slot])
+        self._unsent.add(new)
         for page in self.tables[new]:
             self.users[page] += 1
         return new
@@ -135,6 +139,7 @@ class DecodeCache(Cache):
     def fill(self, slot: int) -> None:
         """Gives an empty slot a page, so that it can stand for rows that hold nothing."""
         self.tables[slot].append(self._take())
+        self._unsent.add(slot)
 
     def save(self, slot: int) -> Snapshot:
         """What the slot holds, on the host; the slot stays as it is.
@@ -186,6 +191,7 @@ class DecodeCache(Cache):
         for page in pages:
             self.users[page] += 1
         self.tables[slot] += pages
+        self._unsent.add(slot)
 
     def begin(self, slots: Sequence[int], packed: Packed) -> CacheStep:
         """Makes room for sequence i of `packed` in `slots[i]` and says where everything lies.
@@ -227,35 +233,46 @@ class DecodeCache(Cache):
             is_fresh=not any(past),
         )
 
-    def begin_decode(self, slots: Sequence[int], *, filler: int, rows: int) -> DecodeStep:
-        """Makes room for one token in each of `slots`.
-
-        Args:
-            filler: a slot with at least one page that takes what rows beyond the slots write.
-            rows: S, at least the number of slots.
+    def begin_decode(self, slots: Sequence[int]) -> None:
+        """Makes room for one token in each of `slots`, in the device's table too.
 
         Raises:
             RuntimeError: if too few pages are free; nothing has changed then.
         """
-        self._check_room(slots, (1,) * len(slots))
-        for slot in slots:
+        needy = self.needy(slots)
+        if len(needy) > len(self.free_pages):
+            self._check_room(needy, (1,) * len(needy))
+        for slot in needy:
             self._reserve(slot, 1)
-        every = [*slots, *[filler] * (rows - len(slots))]
-        most = max(len(self.tables[slot]) for slot in every)
-        table = torch.zeros(len(self.lengths), most, dtype=torch.int32)
-        for slot in set(every):
-            table[slot] = torch.tensor(self._row(slot, most))
-        lengths = [self.lengths[slot] + 1 for slot in slots] + [1] * (rows - len(slots))
-        device = self.states.device
+        self._send_tables([slot for slot in slots if slot in self._unsent])
+
+    def needy(self, slots: Sequence[int]) -> list[int]:
+        """Those that cannot take a token without a page more."""
+        size, lengths, tables, users = self.page_tokens, self.lengths, self.tables, self.users
+        return [s for s in slots if not lengths[s] % size or users[tables[s][-1]] > 1]
+
+    def decode_step(self, index: Tensor, lengths: Tensor) -> DecodeStep:
+        """A step of slots that `begin_decode` made room for; arguments as in `DecodeStep`."""
         return DecodeStep(
-            self.states,
-            self.pages,
-            self.lightning,
-            self.softmax,
-            table.to(device),
-            torch.tensor(every).to(device),
-            torch.tensor(lengths).to(device),
+            self.states, self.pages, self.lightning, self.softmax, self.table, index, lengths
         )
+
+    @cached_property
+    def table(self) -> Tensor:
+        """[num_slots, num_pages] int32 on the device: pages of each slot, as `begin_decode` left
+        them."""
+        shape = len(self.lengths), len(self.users)
+        return torch.zeros(shape, dtype=torch.int32, device=self.states.device)
+
+    def _send_tables(self, slots: Sequence[int]) -> None:
+        if not slots:
+            return
+        most = max(len(self.tables[slot]) for slot in slots)
+        rows = torch.tensor([self._row(slot, most) for slot in slots], dtype=torch.int32)
+        device = self.states.device
+        index = sent(torch.tensor(slots), device)
+        self.table[:, :most].index_copy_(0, index, sent(rows, device))
+        self._unsent.difference_update(slots)
 
     def count(self, slots: Sequence[int]) -> None:
         """Counts one token of each slot as held, once every layer has seen it."""
@@ -298,6 +315,7 @@ class DecodeCache(Cache):
 
     def _reserve(self, slot: int, new_tokens: int) -> None:
         table, held = self.tables[slot], self.lengths[slot]
+        self._unsent.add(slot)
         if held % self.page_tokens and self.users[table[-1]] > 1:
             # the last page is shared and would be written: take a copy of it first
             page = self._take()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,25 @@ from rollout.native.sequence import Decode, Sample
 from rollout.native.turn import Runner
 from rollout.sync import copy_weights
 from rollout.types import Completion, Request, Token
+
+
+@dataclass(frozen=True)
+class Stats:
+    """State of an engine.
+
+    Args:
+        num_live, num_paused: samples decoding, and those that wait on the host for pages.
+        num_pauses: since the engine was made.
+        num_prefix_tokens: prompt tokens that were not prefilled because they were known.
+        num_free_slots, num_free_pages: of the cache.
+    """
+
+    num_live: int
+    num_paused: int
+    num_pauses: int
+    num_prefix_tokens: int
+    num_free_slots: int
+    num_free_pages: int
 
 
 class NativeEngine:
@@ -43,6 +63,7 @@ class NativeEngine:
         max_prefixes: beginnings of prompts remembered, each with one state of the model.
         prefix_tokens: distance of the borders at which they are, a multiple of page_tokens; with
             max_prefixes = 0 it does nothing.
+        graphs: whether decode steps are CUDA graphs; nothing on a CPU.
         keeps_cache: whether the cache outlives `generate`; otherwise a trainer gets the memory.
 
     Raises:
@@ -72,6 +93,7 @@ class NativeEngine:
         decode: Decode | None = None,
         max_prefixes: int = 0,
         prefix_tokens: int = 1024,
+        graphs: bool = True,
         keeps_cache: bool = True,
     ) -> None:
         for name, value, least in (
@@ -95,11 +117,13 @@ class NativeEngine:
         self.autocast = autocast
         self.keeps_cache = keeps_cache
         self._text = decode
+        self._uses_graphs = graphs and model.device.type == "cuda"
         self._version = policy_version
         self._prefixes = Prefixes(max_prefixes, prefix_tokens)
         self._plan = Scheduler(self.limits)
         self._runner: Runner | None = None
         self._cancelled: list[Token] = []
+        self._is_busy = False
         self._fault = ""
 
     @property
@@ -111,11 +135,26 @@ class NativeEngine:
     def policy_version(self, version: int) -> None:
         self._prefixes.clear(None if self._runner is None else self._runner.cache)
         self._version = version
+        # its owner may have moved weights: see `Runner.begin`
+        self._is_busy = False
 
     @property
     def num_in_flight(self) -> int:
         """Samples queued or live."""
         return self._plan.num_in_flight
+
+    @property
+    def stats(self) -> Stats:
+        """What has happened and what is free, for whoever watches."""
+        limits, cache = self.limits, None if self._runner is None else self._runner.cache
+        return Stats(
+            num_live=len(self._plan.live),
+            num_paused=len(self._plan.swapped),
+            num_pauses=self._plan.num_pauses,
+            num_prefix_tokens=self._prefixes.num_hit_tokens,
+            num_free_slots=limits.num_slots if cache is None else cache.num_free_slots,
+            num_free_pages=limits.num_pages if cache is None else cache.num_free_pages,
+        )
 
     def submit(self, request: Request) -> None:
         """Queues a request; its tokens come out of later turns.
@@ -145,7 +184,10 @@ class NativeEngine:
         """
         self._check_alive()
         told, self._cancelled = self._cancelled, []
-        return told + [token for _, token in self._step()]
+        if not self._plan.num_in_flight:
+            return told
+        with self._working():
+            return told + [token for _, token in self._step()]
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """All samples of all requests, in the order of the requests, then of the samples.
@@ -167,12 +209,12 @@ class NativeEngine:
             self._plan.add(request)
         done: dict[tuple[int, int], Completion] = {}
         try:
-            while self._plan.num_in_flight:
-                for sample, token in self._step():
-                    if token.completion is not None:
-                        done[sample.age] = token.completion
+            with self._working():
+                while self._plan.num_in_flight:
+                    for sample, token in self._step():
+                        if token.completion is not None:
+                            done[sample.age] = token.completion
         finally:
-            self._abandon()
             if not self.keeps_cache:
                 self.release()
         return [done[age] for age in sorted(done)]
@@ -230,16 +272,30 @@ class NativeEngine:
         self._fault = "engine: it is closed; make a new one"
 
     def _step(self) -> list[tuple[Sample, Token]]:
+        """One turn, inside `_working`."""
         if not self._plan.num_in_flight:
             return []
+        if self._runner is None:
+            self._runner = self._open()
+        if not self._is_busy:
+            self._runner.begin()
+        told = self._turn(self._runner)
+        self._is_busy = self._plan.num_in_flight > 0
+        return told
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        device = self.model.device.type
         precision = torch.autocast(
-            self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None
+            device,
+            dtype=self.autocast,
+            enabled=self.autocast is not None,
+            # a cast that a graph captured must not be left out because of an earlier one
+            cache_enabled=not self._uses_graphs,
         )
         try:
             with torch.no_grad(), precision, evaluating(self.model):
-                if self._runner is None:
-                    self._runner = self._open()
-                return self._turn(self._runner)
+                yield
         except BaseException:
             # what a broken turn left half done is not to be trusted
             self._abandon()
@@ -256,7 +312,7 @@ class NativeEngine:
             dtype=self.model.dtype,
             device=self.model.device,
         )
-        return Runner(self.model, cache)
+        return Runner(self.model, cache, uses_graphs=self._uses_graphs)
 
     def _turn(self, runner: Runner) -> list[tuple[Sample, Token]]:
         plan, cache = self._plan, runner.cache
@@ -302,6 +358,7 @@ class NativeEngine:
         cache = None if self._runner is None else self._runner.cache
         for group in self._plan.groups.values():
             self._plan.cancel(group, cache)
+        self._is_busy = False
 
     def _check_alive(self) -> None:
         if self._fault:

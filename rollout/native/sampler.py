@@ -69,6 +69,7 @@ class Knobs:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         samplings = [sampling for sampling, _ in rows]
+        greedy, tempered, filtered = cls.flags(samplings)
         return cls(
             temperature=floats([s.temperature for s in samplings]),
             top_p=floats([s.top_p for s in samplings]),
@@ -76,9 +77,18 @@ class Knobs:
             top_k=integers([s.top_k for s in samplings]),
             seed=integers([s.seed & MASK_63 for s in samplings]),
             sample=integers([sample for _, sample in rows]),
-            greedy=any(s.temperature == 0 for s in samplings),
-            tempered=any(s.temperature not in (0, 1) for s in samplings),
-            filtered=any(
+            greedy=greedy,
+            tempered=tempered,
+            filtered=filtered,
+        )
+
+    @staticmethod
+    def flags(samplings: Sequence[Sampling]) -> tuple[bool, bool, bool]:
+        """greedy, tempered and filtered of rows with these settings."""
+        return (
+            any(s.temperature == 0 for s in samplings),
+            any(s.temperature not in (0, 1) for s in samplings),
+            any(
                 s.temperature > 0 and (s.top_p < 1 or s.top_k > 0 or s.min_p > 0) for s in samplings
             ),
         )
@@ -172,10 +182,13 @@ def draw(logits: Tensor, knobs: Knobs, positions: Tensor) -> Drawn:
     # nan alone is beyond the end
     tokens = tokens.clamp(max=logits.shape[-1] - 1)
     chosen = tokens[:, None]
-    kept_mass = mass.float() if knobs.filtered else torch.ones_like(knobs.temperature)
+    kept_mass = torch.ones_like(knobs.temperature)
     filtered = tempered.gather(-1, chosen)[:, 0]
     if knobs.filtered:
-        filtered = (filtered.double() - mass.log()).float()
+        # a row that keeps all has mass 1, not the rounded sum that a neighbour's filter asks for
+        keeps_all = (knobs.top_p >= 1) & (knobs.top_k == 0) & (knobs.min_p == 0)
+        kept_mass = torch.where(keeps_all, kept_mass, mass.float())
+        filtered = torch.where(keeps_all, filtered, (filtered.double() - mass.log()).float())
     if knobs.greedy:
         is_greedy = knobs.temperature == 0
         tokens = torch.where(is_greedy, logits.argmax(-1), tokens)

@@ -73,6 +73,7 @@ class Scheduler:
         self.waiting: deque[Group] = deque()
         self.live: list[Sample] = []
         self.swapped: list[Sample] = []
+        self.num_pauses = 0
         self._num_added = 0
         # waiting for an eighth of the slots makes one prefill of many prompts out of many of one
         self.batch_slots = max(1, limits.num_slots // 8)
@@ -140,15 +141,15 @@ class Scheduler:
             if group.num_waiting:
                 break
             self.waiting.popleft()
+        self._make_free(sum(map(self._new_pages, pieces)), cache, prefixes)
         return pieces, started
 
-    def make_room(self, cache: DecodeCache, prefixes: Prefixes) -> list[Sample]:
-        """Frees pages until every live sample can take a token; those that had to pause."""
-        paused: list[Sample] = []
+    def make_room(self, cache: DecodeCache, prefixes: Prefixes) -> None:
+        """Frees pages until every live sample can take a token."""
         while True:
-            needed = sum(cache.pages_needed(sample.slot, 1) for sample in self.live)
-            if needed <= cache.num_free_pages:
-                return paused
+            needy = cache.needy([sample.slot for sample in self.live])
+            if len(needy) <= cache.num_free_pages:
+                return
             if prefixes.drop_oldest(cache):
                 continue
             if len(self.live) > 1:
@@ -158,7 +159,7 @@ class Scheduler:
                 youngest.slot = -1
                 self.live.remove(youngest)
                 self.swapped.append(youngest)
-                paused.append(youngest)
+                self.num_pauses += 1
             else:
                 assert self._forget_roots(cache), "a request that fits alone has room alone"
 
@@ -195,8 +196,7 @@ class Scheduler:
             assert sample.saved is not None, "a paused sample was saved"
             like, shared = self._sibling(sample)
             needed = sample.saved.num_pages - shared + 1
-            while needed > self._spare_pages(cache, prefixes) and prefixes.drop_oldest(cache):
-                pass
+            self._make_free(needed, cache, prefixes)
             if not self.live:
                 while sample.saved.num_pages - shared > cache.num_free_pages:
                     # roots may hold the sibling's pages: then nothing is left to share
@@ -222,6 +222,11 @@ class Scheduler:
         """Pages for whoever is new."""
         held = -(-len(self.live) // SAMPLES_A_SPARE_PAGE)
         return cache.num_free_pages + prefixes.num_droppable(cache) - held
+
+    def _make_free(self, needed: int, cache: DecodeCache, prefixes: Prefixes) -> None:
+        """Frees pages by forgetting what is known of prompts, as far as that goes."""
+        while needed > cache.num_free_pages and prefixes.drop_oldest(cache):
+            pass
 
     def _open(self, group: Group, cache: DecodeCache, prefixes: Prefixes) -> int:
         """Gives a group its root, with what is known of its prompt; pages fewer to spare."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from model import DecodeCache, HybridForCausalLM, Packed
 from model.kernels.experts.blocks import least_rows
-from model.kernels.experts.router import route
 from model.packed import sent
+from rollout.native.batch import Batch, Flags, Out, chosen_experts
+from rollout.native.graphs import Graphs, bucket, fingerprint
 from rollout.native.prefix import Prefixes
 from rollout.native.sampler import Knobs, draw, refuse_broken
 from rollout.native.scheduler import Piece
@@ -22,16 +23,30 @@ class Runner:
     """A model, its cache, and one slot that takes what rows beyond the samples write.
 
     On a CPU every prompt goes alone and a decode batch has at least as many rows as make a row's
-    bits its own (`least_rows`), so that the numbers of a request depend on nothing else.
+    bits its own (`least_rows`), so that the numbers of a request depend on nothing else. On CUDA
+    prompts go together, and decode steps are graphs.
+
+    Args:
+        uses_graphs: whether decode steps are captured; only on CUDA.
     """
 
-    def __init__(self, model: HybridForCausalLM, cache: DecodeCache) -> None:
+    def __init__(self, model: HybridForCausalLM, cache: DecodeCache, *, uses_graphs: bool) -> None:
         self.model = model
         self.cache = cache
         self.device = model.device
         self.filler = cache.allocate()
         cache.fill(self.filler)
-        self._knobs: tuple[list[Sample], Knobs] | None = None
+        cache.begin_decode([self.filler])
+        self._batches: dict[int, Batch] = {}
+        self._loaded: Batch | None = None
+        self._uses_graphs = uses_graphs
+        self._graphs = Graphs()
+        self._captured_for: tuple[object, ...] = ()
+
+    def begin(self) -> None:
+        """Looks at the model again, after a time in which its owner may have changed it."""
+        if self._uses_graphs and (found := fingerprint(self.model)) != self._captured_for:
+            self._graphs, self._captured_for = Graphs(), found
 
     def prefill(self, pieces: Sequence[Piece], prefixes: Prefixes, budget: int) -> None:
         """Fills each group's root and notes the logits after its last prompt token."""
@@ -47,17 +62,13 @@ class Runner:
             out = self.model.model.run(
                 packed, cache=self.cache, slots=tuple(p.group.root for p in run)
             )
-            ends = [i for i, p in enumerate(run) if p.end == len(p.group.request.prompt)]
-            if ends:
-                rows = sent(torch.tensor(ends), self.device)
-                last = out.hidden[packed.cu_seqlens[1:].long()[rows] - 1]
-                for i, logits in zip(ends, self.model.logits(last), strict=True):
-                    run[i].group.logits = logits
-            wanted = any(p.group.request.return_experts for p in run)
-            experts = self._experts(out.router_logits).split(lengths) if wanted else ()
-            for piece, rows in zip(run, experts, strict=False):
-                if piece.group.request.return_experts:
-                    piece.group.experts.append(rows)
+            self._note(run, out.hidden, packed)
+            if any(p.group.request.return_experts for p in run):
+                top_k = self.model.config.num_experts_per_tok
+                experts = chosen_experts(out.router_logits, top_k).cpu().split(lengths)
+                for piece, rows in zip(run, experts, strict=True):
+                    if piece.group.request.return_experts:
+                        piece.group.experts.append(rows)
             for piece in run:
                 prefixes.put(piece.group, piece.end, self.cache)
 
@@ -67,46 +78,63 @@ class Runner:
         for sample in started:
             assert sample.group.logits is not None, "a sample starts after its prompt's prefill"
             rows.append(sample.group.logits)
-        return self._draw(started, torch.stack(rows), knobs_of(started, self.device))
+        knobs = Knobs.of(
+            [(sample.group.request.sampling, sample.index) for sample in started],
+            device=self.device,
+        )
+        first = torch.zeros(len(started), dtype=torch.int64, device=self.device)
+        drawn = draw(torch.stack(rows).float(), knobs, first)
+        numbers = (drawn.tokens, drawn.logprobs, drawn.filtered_logprobs, drawn.kept_mass)
+        return _columns(torch.stack([number.double() for number in numbers]))
 
     def decode(self, live: Sequence[Sample]) -> list[list[float]]:
         """One token of every live sample: token, logprob, filtered logprob, kept mass, a column
         each."""
         slots = [sample.slot for sample in live]
-        rows = max(len(live), least_rows(self.cache.states))
-        step = self.cache.begin_decode(slots, filler=self.filler, rows=rows)
-        tokens = [sample.tokens[-1] for sample in live] + [0] * (rows - len(live))
-        packed = Packed(torch.tensor(tokens, device=self.device), step.lengths - 1, (1,) * rows)
-        out = self.model.model.decode(packed, step)
+        self.cache.begin_decode(slots)
+        out = self._step(live)
         self.cache.count(slots)
-        logits = self.model.logits(out.hidden)[: len(live)]
-        if any(sample.group.request.return_experts for sample in live):
-            for sample, row in zip(live, self._experts(out.router_logits), strict=False):
+        if out.experts is not None:
+            for sample, row in zip(live, out.experts[: len(live)].cpu(), strict=True):
                 if sample.group.request.return_experts:
                     sample.experts.append(row[None])
-        if self._knobs is None or self._knobs[0] != live:
-            self._knobs = list(live), knobs_of(live, self.device)
-        return self._draw(live, logits, self._knobs[1])
+        return _columns(out.columns[:, : len(live)])
 
-    def _experts(self, router_logits: Sequence[Tensor]) -> Tensor:
-        """[T, layers, K] int16 on the CPU."""
-        top_k = self.model.config.num_experts_per_tok
-        chosen = torch.stack([route(logits, top_k)[1] for logits in router_logits], dim=1)
-        return chosen.to(torch.int16).cpu()
+    def _step(self, live: Sequence[Sample]) -> Out:
+        rows = bucket(len(live)) if self._uses_graphs else max(len(live), least_rows(self._probe))
+        if rows not in self._batches:
+            self._batches[rows] = Batch(self.model, self.cache, filler=self.filler, rows=rows)
+        batch, flags = self._batches[rows], Flags.of(live)
+        if self._uses_graphs and (rows, flags) not in self._graphs:
+            batch.fill([])
+            self._graphs.capture((rows, flags), lambda: batch.step(flags))
+        if self._loaded is not batch or batch.live != live:
+            batch.fill(live)
+            self._loaded = batch
+        return self._graphs.replay((rows, flags)) if self._uses_graphs else batch.step(flags)
 
-    def _draw(self, samples: Sequence[Sample], logits: Tensor, knobs: Knobs) -> list[list[float]]:
-        positions = torch.tensor([len(sample.tokens) for sample in samples], device=self.device)
-        drawn = draw(logits.float(), knobs, positions)
-        # one copy to the host a step; fp64 holds token ids and fp32 numbers exactly
-        numbers = (drawn.tokens, drawn.logprobs, drawn.filtered_logprobs, drawn.kept_mass)
-        columns = torch.stack([number.double() for number in numbers]).tolist()
-        refuse_broken(columns[1])
-        return columns
+    @property
+    def _probe(self) -> Tensor:
+        return self.cache.states
+
+    def _note(self, run: Sequence[Piece], hidden: Tensor, packed: Packed) -> None:
+        ends = [i for i, p in enumerate(run) if p.end == len(p.group.request.prompt)]
+        if not ends:
+            return
+        last, total = [], 0
+        for i, length in enumerate(packed.lengths):
+            total += length
+            if i in ends:
+                last.append(total - 1)
+        rows = hidden.index_select(0, sent(torch.tensor(last), self.device))
+        for i, logits in zip(ends, self.model.logits(rows), strict=True):
+            run[i].group.logits = logits
 
 
-def knobs_of(samples: Sequence[Sample], device: torch.device) -> Knobs:
-    rows = [(sample.group.request.sampling, sample.index) for sample in samples]
-    return Knobs.of(rows, device=device)
+def _columns(numbers: Tensor) -> list[list[float]]:
+    columns = numbers.tolist()
+    refuse_broken(columns[1])
+    return columns
 
 
 def runs_of(pieces: Sequence[Piece], budget: int) -> Iterator[list[Piece]]:

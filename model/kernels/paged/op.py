@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -79,32 +80,16 @@ def _check(q: Tensor, pages: Tensor, table: Tensor, index: Tensor, lengths: Tens
 def _paged(
     q: Tensor, pages: Tensor, table: Tensor, index: Tensor, lengths: Tensor, window: int | None
 ) -> Tensor:
-    """Sequences of one number of pages together, each by products of its own: a sequence's bits do
-    not depend on its neighbours (one masked call for all would sum in an order that does)."""
-    out = torch.empty_like(q)
+    """Each sequence by a call of its own: a batched product's bits depend on the batch."""
+    keys, values = (store.flatten(0, 1) for store in pages)
     size = pages.shape[2]
-    counts = (lengths + size - 1) // size
-    for count in counts.unique().tolist():
-        rows = (counts == count).nonzero()[:, 0]
-        keys, values = (
-            # [S, P, Z, G, D] -> [S, G, P * Z, D]
-            store[table[index[rows], :count].long()].flatten(1, 2).transpose(1, 2)
-            for store in pages
-        )
-        place = torch.arange(keys.shape[2], device=q.device)
-        seen = place < lengths[rows, None]
-        if window is not None:
-            seen &= place >= lengths[rows, None] - window
-        out[rows] = _attend(q[rows], keys, values, seen)
-    return out
-
-
-def _attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    # [S, H, D] -> [S, G, H / G, D]
-    queries = q.view(len(q), keys.shape[1], -1, q.shape[2])
-    # fp32 sums of narrow types: a softmax over many keys
-    wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
-        scores = (queries.to(wide) @ keys.to(wide).mT) * q.shape[2] ** -0.5
-        weights = scores.masked_fill_(~seen[:, None, None, :], float("-inf")).softmax(-1)
-        return (weights @ values.to(wide)).view_as(q).to(q.dtype)
+    out = []
+    for query, slot, length in zip(q, index.tolist(), lengths.tolist(), strict=True):
+        first = 0 if window is None else max(0, length - window)
+        place = torch.arange(first, length, device=q.device)
+        rows = table[slot].long().index_select(0, place // size) * size + place % size
+        # [H, D] -> [H, 1, D]; [M, G, D] -> [G, M, D]
+        k, v = (x.index_select(0, rows).to(q.dtype).transpose(0, 1) for x in (keys, values))
+        attended = F.scaled_dot_product_attention(query[:, None], k, v, enable_gqa=True)
+        out.append(attended[:, 0])
+    return torch.stack(out)

@@ -28,6 +28,7 @@ from model.kernels.logprob import kernel as logprob_kernel
 from model.kernels.logprob import launch as logprob_launch
 from model.kernels.norm import kernel as norm
 from model.kernels.norm.launch import backward_shape, forward_shape
+from model.kernels.paged import kernel as paged_kernel
 from model.kernels.qkv import kernel as qkv
 from model.kernels.qkv import launch as qkv_launch
 from model.kernels.rotary import kernel as rotary
@@ -70,6 +71,7 @@ POINTERS = {
         fp32="logits weights dweights dlogits", i32="counts sums position place ends",
         i64="chosen",
     ),
+    "paged": pointers(fp32="out lse shares", i32="table", i64="index lengths"),
     "logprob": pointers(
         fp32="max sum slack picked logprobs entropy normaliser grad", i64="targets"
     ),
@@ -222,7 +224,21 @@ def logprob(arch: int) -> Iterator[tuple]:
     yield logprob_kernel.logprob_bwd_slope, tile, warps, stages, "bf16"
 
 
-OPS = {"lightning": lightning, "block": block, "experts": experts, "logprob": logprob}
+def paged(arch: int) -> Iterator[tuple]:
+    for dtype, block in (("bf16", 64), ("fp32", 32)):
+        shape = {"H": 16, "G": 4, "D": 128, "BH": 16, "BD": 128, "BN": block, "SHARES": 8}
+        options = {"HAS_WINDOW": dtype == "fp32", "PRECISION": "ieee"}
+        yield paged_kernel.paged_share, {**shape, **options}, 4, 2, dtype
+    yield paged_kernel.paged_merge, {"D": 128, "BD": 128, "SHARES": 8}, 1, 3, "bf16"
+
+
+OPS = {
+    "paged": paged,
+    "lightning": lightning,
+    "block": block,
+    "experts": experts,
+    "logprob": logprob,
+}
 
 
 def main(arch: int, *names: str) -> None:
