@@ -3,8 +3,8 @@
 Run: python -m benchmarks.rollout [--batches 1 32 256] [--profile 32] [--parts exact speed]
 
 Random bf16 weights, random prompts, temperature 1, no stop token: 512 tokens in, 256 out. "tok/s"
-is tokens out over the time on the wall of one `generate`, prefill included; "step" is a decode step by
-the same clock, without prefill. The floor of a step is the bytes that must move (weights of the
+is tokens out over the time on the wall of one `generate`, prefill included; "step" is a decode step
+by the same clock, without prefill. The floor of a step is the bytes that must move (weights of the
 experts that random routing meets and all other weights once, states read and written, keys and
 values read) over what a copy on the device reaches. Exactness: log-probabilities of the engine
 against one full packed forward in bf16, both against the same weights in fp32.

@@ -11,8 +11,7 @@ import torch
 from model import HybridForCausalLM, Packed
 from rollout.native.engine import NativeEngine
 from rollout.types import Completion, Request, Sampling
-from tests.rollout.native.setting import make_model
-from tests.rollout.native.test_exact import requests_of, run
+from tests.rollout.native.setting import make_model, requests_of, run
 
 pytestmark = [
     pytest.mark.gpu,
