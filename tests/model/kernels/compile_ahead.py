@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from model.kernels.experts import few, few_kernel
 from model.kernels.experts import kernel as experts_kernel
 from model.kernels.experts import launch as experts_launch
 from model.kernels.lightning import hopper, kernel, launch
@@ -68,7 +69,7 @@ POINTERS = {
     ),
     "block": pointers(fp32="rstd partial cos sin"),
     "experts": pointers(
-        fp32="logits weights dweights dlogits", i32="counts sums position place ends",
+        fp32="logits weights dweights dlogits scale", i32="counts sums position place ends",
         i64="chosen",
     ),
     "paged": pointers(fp32="out lse shares", i32="table", i64="index lengths"),
@@ -214,6 +215,20 @@ def experts(arch: int) -> Iterator[tuple]:
         tile = experts_launch.COPY_TILE
         shape = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BE": 32, "GROUP": 8}
         yield experts_kernel.experts_bwd_product, shape, tile.warps, tile.stages, "bf16"
+
+    sort = {"BP": 1024, "BE": 32}
+    yield few_kernel.experts_few_sort, sort, 8, 3, "bf16"
+    for places, has_scale in ((2, False), (64, True), (512, False)):
+        tile = few.choose_shape(places, 8, launch.torch.bfloat16)
+        shape = {"BM": tile.rows, "BK": tile.depth, "BE": 8, "PRECISION": "ieee"}
+        for function, columns in (
+            (few_kernel.experts_few_inner, tile.inner_columns),
+            (few_kernel.experts_few_outer, tile.outer_columns),
+        ):
+            wanted = {**shape, "BN": columns, "HAS_SCALE": has_scale}
+            if function is few_kernel.experts_few_inner:
+                wanted["K"] = 2
+            yield function, wanted, tile.warps, tile.stages, "bf16"
 
 
 def logprob(arch: int) -> Iterator[tuple]:
