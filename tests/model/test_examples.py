@@ -12,7 +12,7 @@ NAMES = [info.name for info in pkgutil.walk_packages(model.__path__, "model.")]
 
 
 # torch for CPU comes without triton, which these import at the top
-DEVICE_CODE = (".kernel", ".hopper", ".launch", ".few", ".few_kernel")
+DEVICE_CODE = (".kernel", ".hopper", ".launch")
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith(DEVICE_CODE)])

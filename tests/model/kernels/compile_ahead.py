@@ -21,9 +21,10 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from model.kernels.experts import few, few_kernel
 from model.kernels.experts import kernel as experts_kernel
 from model.kernels.experts import launch as experts_launch
+from model.kernels.experts_few import kernel as few_kernel
+from model.kernels.experts_few import launch as few
 from model.kernels.lightning import hopper, kernel, launch
 from model.kernels.logprob import kernel as logprob_kernel
 from model.kernels.logprob import launch as logprob_launch

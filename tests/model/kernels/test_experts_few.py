@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("is_int8", [False, True])
 def test_few_tokens_are_the_reference(tokens: int, dtype: torch.dtype, is_int8: bool):
-    formula.launch("experts")
-    from model.kernels.experts.few import expert_layer_few
+    formula.launch("experts_few")
+    from model.kernels.experts_few.launch import expert_layer_few
 
     generator = torch.Generator().manual_seed(tokens)
     num_experts, size, inner, top_k = 5, 40, 24, 2

@@ -57,7 +57,7 @@ def test_pausing_happens_and_prefixes_are_hit_in_the_engines_below():
     assert roomy.stats.num_pauses == 0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 999),
     slots=st.integers(2, 20),
@@ -93,7 +93,7 @@ def check_bits(seed: int, *, slots: int, tokens: int, max_prefixes: int, number:
     assert bits(found) == bits(alone)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 999),
     slots=st.integers(2, 20),

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from model.kernels.experts import few_kernel
 from model.kernels.experts.launch import combine
+from model.kernels.experts_few import kernel
 
 # places (tokens times experts a token) that one program sorts
 MAX_PLACES = 1024
@@ -48,7 +48,7 @@ def expert_layer_few(
     scales: tuple[Tensor, Tensor] | None = None,
     shape: Shape | None = None,
 ) -> Tensor:
-    """Same numbers as `op.expert_layer`, whose arguments these are, at most MAX_PLACES places.
+    """Same numbers as `experts.op.expert_layer`, whose arguments these are, at most MAX_PLACES places.
 
     Args:
         gate_up, down: dense; int8 with scales.
@@ -62,7 +62,7 @@ def expert_layer_few(
     position, place, ends = (
         torch.empty(n, dtype=torch.int32, device=device) for n in (places, places, num_experts)
     )
-    few_kernel.experts_few_sort[(1,)](
+    kernel.experts_few_sort[(1,)](
         chosen, position, place, ends, places, num_experts,
         BP=max(triton.next_power_of_2(places), 2), BE=padded, num_warps=8,
     )  # fmt: skip
@@ -76,11 +76,11 @@ def expert_layer_few(
         "PRECISION": "ieee", "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     inner_scale, outer_scale = scales or (ends, ends)
-    few_kernel.experts_few_inner[triton.cdiv(inner, tile.inner_columns), tiles](
+    kernel.experts_few_inner[triton.cdiv(inner, tile.inner_columns), tiles](
         x, gate_up, inner_scale, ends, place, joined, num_experts, x.stride(0), size, inner,
         K=chosen.shape[1], BN=tile.inner_columns, **options,
     )  # fmt: skip
-    few_kernel.experts_few_outer[triton.cdiv(size, tile.outer_columns), tiles](
+    kernel.experts_few_outer[triton.cdiv(size, tile.outer_columns), tiles](
         joined, down, outer_scale, ends, rows, num_experts, size, inner,
         BN=tile.outer_columns, **options,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Triton kernels of the expert layer for few tokens, started by `few.py`: a decode step.
+"""Triton kernels of the expert layer for few tokens, started by `launch.py`: a decode step.
 
 What counts is that each chosen expert's weights are read once, by enough programs to fill the
 device, and that there are few launches: sort, [g | u] with SwiGLU, down. Weights may be int8 with
