@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from model import DecodeCache, HybridForCausalLM
@@ -50,7 +51,8 @@ class NativeEngine:
     carries the version that it began with. The cache is made when the first request comes.
 
     Args:
-        model: any device and dtype; put in eval mode during a turn and back afterwards.
+        model: any device and dtype; put in eval mode during a turn and back afterwards. Adapters of
+            peft that are on are sampled from as they are, without merging.
         max_slots: sequences decoded at once.
         max_cache_tokens: tokens of keys and values held at once; a prompt shared by its group
             counts once.
@@ -82,7 +84,7 @@ class NativeEngine:
 
     def __init__(
         self,
-        model: HybridForCausalLM,
+        model: HybridForCausalLM | PeftModel,
         *,
         max_slots: int,
         max_cache_tokens: int,
@@ -110,14 +112,16 @@ class NativeEngine:
                 f"NativeEngine.prefix_tokens = {prefix_tokens}, expected a multiple of page_tokens "
                 f"= {page_tokens}, at most prefill_tokens = {prefill_tokens}"
             )
-        self.model = model
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(plain, HybridForCausalLM), "adapters wrap the project's own model"
+        self.model = plain
         chunk = prefix_tokens if max_prefixes else prefill_tokens
         pages = -(-max_cache_tokens // page_tokens)
         self.limits = Limits(max_slots, pages, page_tokens, prefill_tokens, chunk)
         self.autocast = autocast
         self.keeps_cache = keeps_cache
         self._text = decode
-        self._uses_graphs = graphs and model.device.type == "cuda"
+        self._uses_graphs = graphs and plain.device.type == "cuda"
         self._version = policy_version
         self._prefixes = Prefixes(max_prefixes, prefix_tokens)
         self._plan = Scheduler(self.limits)

@@ -48,7 +48,7 @@ def expert_layer_few(
     scales: tuple[Tensor, Tensor] | None = None,
     shape: Shape | None = None,
 ) -> Tensor:
-    """Same numbers as `experts.op.expert_layer`, whose arguments these are, at most MAX_PLACES places.
+    """Same numbers as `experts.op.expert_layer` of the same arguments, of at most MAX_PLACES.
 
     Args:
         gate_up, down: dense; int8 with scales.
