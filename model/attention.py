@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from model.config import HybridConfig
-from model.kernels.attention.op import cached_attention, packed_attention
+from model.kernels.attention.op import cached_attention, continued_attention, packed_attention
 from model.kernels.linear.op import Linear
 from model.kernels.paged.op import paged_attention
 from model.kernels.rotary.op import rotate
@@ -58,6 +58,9 @@ class SoftmaxAttention(nn.Module):
             )
         elif cache is None or cache.is_fresh:
             out = self.core(q, k, v, packed.lengths, window=self.window)
+        elif self.window is None and max(cache.lengths) > 1:
+            past = cache.read_past(self.layer)
+            out = continued_attention(q, k, v, past, cache.lengths, cache.held)
         else:
             keys, values = cache.read(self.layer)
             out = cached_attention(q, keys, values, packed.lengths, cache.past, window=self.window)

@@ -226,6 +226,7 @@ class DecodeCache(Cache):
             cache=self,
             slots=tuple(slots),
             lengths=lengths,
+            held=tuple(past),
             past=torch.tensor(past).to(device),
             rows=rows.to(device),
             table=table.to(device),

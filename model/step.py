@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -20,11 +21,13 @@ class CacheStep:
         rows: [T] int64, row of each new token in the pages laid end to end.
         table: [S, P] int64, pages of each slot, the last repeated to P.
         index: [S] int64, the slots.
+        held: past, on the host.
     """
 
     cache: DecodeCache
     slots: tuple[int, ...]
     lengths: tuple[int, ...]
+    held: tuple[int, ...]
     past: Tensor
     rows: Tensor
     table: Tensor
@@ -46,6 +49,22 @@ class CacheStep:
         """Keys and values of every slot, each [S, P * page_tokens, G, D]."""
         pages = self.cache.pages[self.cache.softmax[layer]]
         keys, values = (store[self.table].flatten(1, 2) for store in pages)
+        return keys, values
+
+    def read_past(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values from before the new tokens, packed by `held`, each [sum(held), G, D]."""
+        pages = self.cache.pages[self.cache.softmax[layer]]
+        size = pages.shape[2]
+        keys, values = (
+            torch.cat(
+                [
+                    store[self.table[i, : -(-held // size)]].flatten(0, 1)[:held]
+                    for i, held in enumerate(self.held)
+                    if held
+                ]
+            )
+            for store in pages
+        )
         return keys, values
 
     def end(self) -> None:

@@ -70,6 +70,7 @@ def test_every_bit_is_that_of_the_request_alone(
     check_bits(seed, slots=slots, tokens=tokens, max_prefixes=max_prefixes, number=7)
 
 
+@pytest.mark.slow
 def test_every_bit_is_that_of_the_request_alone_on_two_threads():
     with threads(2):
         check_bits(1, slots=20, tokens=600, max_prefixes=2, number=4)
@@ -98,7 +99,7 @@ def check_bits(seed: int, *, slots: int, tokens: int, max_prefixes: int, number:
     seed=st.integers(0, 999),
     slots=st.integers(2, 20),
     tokens=st.integers(160, 600),
-    page_tokens=st.sampled_from((4, 8, 20)),
+    page_tokens=st.sampled_from((4, 10, 20)),
     prefill_tokens=st.sampled_from((20, 60, 999)),
 )
 def test_logprobs_are_those_of_the_full_packed_forward(
