@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from model import DecodeCache, HybridForCausalLM
+from rollout.native.int8 import in_place_of_live
 from rollout.native.prefix import Prefixes
 from rollout.native.scheduler import Limits, Scheduler, refuse_unless_it_fits
 from rollout.native.sequence import Decode, Sample
-from rollout.native.turn import Runner
+from rollout.native.turn import Runner, evaluating
 from rollout.sync import copy_weights
 from rollout.types import Completion, Request, Token
 
@@ -66,6 +68,7 @@ class NativeEngine:
         prefix_tokens: distance of the borders at which they are, a multiple of page_tokens; with
             max_prefixes = 0 it does nothing.
         graphs: whether decode steps are CUDA graphs; nothing on a CPU.
+        experts: "int8" rounds a copy of their weights, anew whenever work begins after a pause.
         keeps_cache: whether the cache outlives `generate`; otherwise a trainer gets the memory.
 
     Raises:
@@ -96,6 +99,7 @@ class NativeEngine:
         max_prefixes: int = 0,
         prefix_tokens: int = 1024,
         graphs: bool = True,
+        experts: Literal["live", "int8"] = "live",
         keeps_cache: bool = True,
     ) -> None:
         for name, value, least in (
@@ -121,6 +125,7 @@ class NativeEngine:
         self.autocast = autocast
         self.keeps_cache = keeps_cache
         self._text = decode
+        self._rounds_experts = experts == "int8"
         self._uses_graphs = graphs and plain.device.type == "cuda"
         self._version = policy_version
         self._prefixes = Prefixes(max_prefixes, prefix_tokens)
@@ -283,7 +288,8 @@ class NativeEngine:
             self._runner = self._open()
         if not self._is_busy:
             self._runner.begin()
-        told = self._turn(self._runner)
+        with in_place_of_live(self._runner.rounded):
+            told = self._turn(self._runner)
         self._is_busy = self._plan.num_in_flight > 0
         return told
 
@@ -316,7 +322,12 @@ class NativeEngine:
             dtype=self.model.dtype,
             device=self.model.device,
         )
-        return Runner(self.model, cache, uses_graphs=self._uses_graphs)
+        return Runner(
+            self.model,
+            cache,
+            uses_graphs=self._uses_graphs,
+            rounds_experts=self._rounds_experts,
+        )
 
     def _turn(self, runner: Runner) -> list[tuple[Sample, Token]]:
         plan, cache = self._plan, runner.cache
@@ -386,15 +397,3 @@ class NativeEngine:
 
 def _is_border(prefix_tokens: int, page_tokens: int, prefill_tokens: int) -> bool:
     return 0 < prefix_tokens <= prefill_tokens and prefix_tokens % page_tokens == 0
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -4,6 +4,7 @@ and what is drawn from the logits."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from model.kernels.experts.blocks import least_rows
 from model.packed import sent
 from rollout.native.batch import Batch, Flags, Out, chosen_experts
 from rollout.native.graphs import Graphs, bucket, fingerprint
+from rollout.native.int8 import int8_experts
 from rollout.native.prefix import Prefixes
 from rollout.native.sampler import Knobs, draw, refuse_broken
 from rollout.native.scheduler import Piece
@@ -28,9 +30,17 @@ class Runner:
 
     Args:
         uses_graphs: whether decode steps are captured; only on CUDA.
+        rounds_experts: whether the experts are int8.
     """
 
-    def __init__(self, model: HybridForCausalLM, cache: DecodeCache, *, uses_graphs: bool) -> None:
+    def __init__(
+        self,
+        model: HybridForCausalLM,
+        cache: DecodeCache,
+        *,
+        uses_graphs: bool,
+        rounds_experts: bool,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.device = model.device
@@ -42,9 +52,12 @@ class Runner:
         self._uses_graphs = uses_graphs
         self._graphs = Graphs()
         self._captured_for: tuple[object, ...] = ()
+        self.rounded = int8_experts(model) if rounds_experts else []
 
     def begin(self) -> None:
         """Looks at the model again, after a time in which its owner may have changed it."""
+        for one in self.rounded:
+            one.refresh()
         if self._uses_graphs and (found := fingerprint(self.model)) != self._captured_for:
             self._graphs, self._captured_for = Graphs(), found
 
@@ -153,3 +166,15 @@ def runs_of(pieces: Sequence[Piece], budget: int) -> Iterator[list[Piece]]:
         room -= size
     if run:
         yield run
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
