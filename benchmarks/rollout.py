@@ -79,7 +79,8 @@ def speed(model: HybridForCausalLM, batches: Sequence[int], repeats: int) -> Non
     say(f"{'batch':>6} {'tok/s':>8} {'decode':>8} {'step ms':>8} {'floor':>6} {'prefill ms':>11}")
     for batch in batches:
         engine = NativeEngine(model, max_slots=batch, max_cache_tokens=batch * (PROMPT + NEW))
-        engine.generate(requests_of(batch, PROMPT, 4, seed=99))
+        # as many turns as all prefills take, so that every size of batch is captured
+        engine.generate(requests_of(batch, PROMPT, 24, seed=99))
         found = []
         for repeat in range(repeats):
             requests = requests_of(batch, PROMPT, NEW, seed=repeat)
@@ -105,8 +106,8 @@ def profiled(model: HybridForCausalLM, batch: int) -> None:
     engine.generate(requests_of(batch, PROMPT, 4, seed=99))
     for request in requests_of(batch, PROMPT, 40):
         engine.submit(request)
-    while len(engine.step()) < batch:
-        pass
+    while engine.stats.num_live < batch:
+        engine.step()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
         took = seconds(lambda: [engine.step() for _ in range(8)])
     table = found.key_averages().table(

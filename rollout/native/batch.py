@@ -70,6 +70,7 @@ class Batch:
         self.model, self.cache = model, cache
         self.filler, self.rows = filler, rows
         self.live: list[Sample] = []
+        self.flags = Flags(greedy=False, tempered=False, filtered=False, experts=False)
         device = cache.states.device
         self._whole = torch.zeros(len(WHOLE_NUMBERS), rows, dtype=torch.int64, device=device)
         self._parts = torch.zeros(len(FRACTIONS), rows, device=device)
@@ -96,9 +97,9 @@ class Batch:
         self._parts.copy_(sent(torch.tensor(parts, dtype=torch.float32).T.contiguous(), device))
         self.live = list(live)
 
-    def step(self, flags: Flags) -> Out:
-        """One token of every row; the rows are then ready for the next."""
-        at = self.numbers
+    def step(self) -> Out:
+        """One token of every row, as `flags` says; the rows are then ready for the next."""
+        at, flags = self.numbers, self.flags
         packed = Packed(at["tokens"], at["lengths"] - 1, (1,) * self.rows)
         step = self.cache.decode_step(at["index"], at["lengths"])
         out = self.model.model.decode(packed, step)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,6 +46,11 @@ class Group:
     arrived: float = field(default_factory=time.perf_counter)
     began: float = 0.0
     version: int | None = None
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[P] int64 on the host: the prompt."""
+        return torch.tensor(self.request.prompt, dtype=torch.int64)
 
     @property
     def num_waiting(self) -> int:

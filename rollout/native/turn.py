@@ -64,12 +64,12 @@ class Runner:
     def prefill(self, pieces: Sequence[Piece], prefixes: Prefixes, budget: int) -> None:
         """Fills each group's root and notes the logits after its last prompt token."""
         for run in runs_of(pieces, 1 if self.device.type == "cpu" else budget):
-            tokens = [t for p in run for t in p.group.request.prompt[p.begin : p.end]]
-            positions = [n for p in run for n in range(p.begin, p.end)]
+            tokens = torch.cat([p.group.tokens[p.begin : p.end] for p in run])
+            positions = torch.cat([torch.arange(p.begin, p.end) for p in run])
             lengths = tuple(p.end - p.begin for p in run)
             packed = Packed(
-                sent(torch.tensor(tokens), self.device),
-                sent(torch.tensor(positions), self.device),
+                sent(tokens, self.device),
+                sent(positions, self.device),
                 lengths,
             )
             out = self.model.model.run(
@@ -117,14 +117,19 @@ class Runner:
         rows = bucket(len(live)) if self._uses_graphs else max(len(live), least_rows(self._probe))
         if rows not in self._batches:
             self._batches[rows] = Batch(self.model, self.cache, filler=self.filler, rows=rows)
-        batch, flags = self._batches[rows], Flags.of(live)
-        if self._uses_graphs and (rows, flags) not in self._graphs:
-            batch.fill([])
-            self._graphs.capture((rows, flags), lambda: batch.step(flags))
-        if self._loaded is not batch or batch.live != live:
+        batch = self._batches[rows]
+        if self._loaded is not batch or batch.live != live or not self._is_captured(batch):
+            batch.flags = Flags.of(live)
+            if not self._is_captured(batch):
+                # a capture's runs before it write where nobody reads
+                batch.fill([])
+                self._graphs.capture((rows, batch.flags), batch.step)
             batch.fill(live)
             self._loaded = batch
-        return self._graphs.replay((rows, flags)) if self._uses_graphs else batch.step(flags)
+        return self._graphs.replay((rows, batch.flags)) if self._uses_graphs else batch.step()
+
+    def _is_captured(self, batch: Batch) -> bool:
+        return not self._uses_graphs or (batch.rows, batch.flags) in self._graphs
 
     @property
     def _probe(self) -> Tensor:

@@ -31,8 +31,8 @@ def choose_shape(places: int, num_experts: int, dtype: torch.dtype) -> Shape:
     """Few rows an expert: the weights' bytes count, and narrow tiles make many programs."""
     if dtype == torch.float32:
         return Shape(16, 32, 32, 32, 4, 2)
-    if places <= 4 * num_experts:
-        return Shape(16, 32, 16, 128, 4, 4)
+    if places <= 8 * num_experts:
+        return Shape(16, 32, 32, 128, 4, 5)
     if places <= 16 * num_experts:
         return Shape(16, 64, 32, 128, 4, 3)
     return Shape(64, 64, 64, 64, 4, 4)

@@ -41,7 +41,7 @@ def gap(model: HybridForCausalLM, done: list[Completion]) -> float:
 def test_fp32_is_the_full_forward(graphs: bool):
     model = make_model().cuda()
     chance = random.Random(0)
-    engine = engine_of(model, graphs=graphs, max_cache_tokens=250, max_prefixes=2, prefix_tokens=32)
+    engine = engine_of(model, graphs=graphs, max_cache_tokens=176, max_prefixes=2, prefix_tokens=32)
     done = run(engine, requests_of(chance, 16), chance)
     assert gap(model, done) < 1e-4
     assert engine.stats.num_pauses > 0
