@@ -78,7 +78,8 @@ def collect(engine: NativeEngine, requests: list[Request], done: list[Completion
 def speed(model: HybridForCausalLM, batches: Sequence[int], repeats: int) -> None:
     say(f"{'batch':>6} {'tok/s':>8} {'decode':>8} {'step ms':>8} {'floor':>6} {'prefill ms':>11}")
     for batch in batches:
-        engine = NativeEngine(model, max_slots=batch, max_cache_tokens=batch * (PROMPT + NEW))
+        # room to spare: a cache that fits exactly holds the last prompts back (`scheduler.admit`)
+        engine = NativeEngine(model, max_slots=batch, max_cache_tokens=batch * (PROMPT + 2 * NEW))
         # as many turns as all prefills take, so that every size of batch is captured
         engine.generate(requests_of(batch, PROMPT, 24, seed=99))
         found = []
