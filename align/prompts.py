@@ -173,15 +173,15 @@ def open_engine(
         max_tokens: longest prompt and response together.
         autocast: as in `NativeEngine`.
     """
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(plain, HybridForCausalLM), "adapters wrap the project's own model"
     return NativeEngine(
-        plain,
+        model,
         max_slots=max_concurrent + 1,
         max_cache_tokens=(max_concurrent + 1) * (max_tokens + PAGE_TOKENS),
         page_tokens=PAGE_TOKENS,
-        prefill_tokens=PREFILL_TOKENS.get(plain.device.type, PREFILL_TOKENS["cuda"]),
+        prefill_tokens=PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cuda"]),
         autocast=autocast,
+        # a training step needs the memory
+        keeps_cache=False,
     )
 
 

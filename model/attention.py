@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from model.cache import CacheStep
 from model.config import HybridConfig
-from model.kernels.attention.op import cached_attention, packed_attention
+from model.kernels.attention.op import cached_attention, continued_attention, packed_attention
 from model.kernels.linear.op import Linear
+from model.kernels.paged.op import paged_attention
 from model.kernels.rotary.op import rotate
 from model.packed import Packed
+from model.step import DecodeStep, Step
 
 Core = Callable[..., Tensor]
 
@@ -40,7 +41,7 @@ class SoftmaxAttention(nn.Module):
         x: Tensor,
         packed: Packed,
         angles: tuple[Tensor, Tensor],
-        cache: CacheStep | None = None,
+        cache: Step | None = None,
     ) -> Tensor:
         """[T, C] -> [T, C]; angles from `rotary_angles` of the packed positions."""
         q, k, v = (
@@ -50,8 +51,16 @@ class SoftmaxAttention(nn.Module):
         q, k = rotate(q, k, *angles)
         if cache is not None:
             cache.write(self.layer, k, v)
-        if cache is None or cache.is_fresh:
+        if isinstance(cache, DecodeStep):
+            pages = cache.pages[cache.softmax[self.layer]]
+            out = paged_attention(
+                q, pages, cache.table, cache.index, cache.lengths, window=self.window
+            )
+        elif cache is None or cache.is_fresh:
             out = self.core(q, k, v, packed.lengths, window=self.window)
+        elif self.window is None and max(cache.lengths) > 1:
+            past = cache.read_past(self.layer)
+            out = continued_attention(q, k, v, past, cache.lengths, cache.held)
         else:
             keys, values = cache.read(self.layer)
             out = cached_attention(q, keys, values, packed.lengths, cache.past, window=self.window)

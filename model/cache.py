@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from model.config import HybridConfig
-from model.packed import Packed
+from model.packed import Packed, sent
+from model.step import CacheStep, DecodeStep, Snapshot
 
 
 class DecodeCache(Cache):
@@ -74,6 +75,8 @@ class DecodeCache(Cache):
         self.users = [0] * num_pages
         self.free_pages = list(range(num_pages - 1, -1, -1))
         self.free_slots = list(range(num_slots - 1, -1, -1))
+        # slots whose pages have changed since they were sent to `table`
+        self._unsent: set[int] = set()
 
     @property
     def num_free_pages(self) -> int:
@@ -109,6 +112,7 @@ class DecodeCache(Cache):
         self.states[:, new] = self.states[:, slot]
         self.lengths[new] = self.lengths[slot]
         self.tables[new] = list(self.tables[slot])
+        self._unsent.add(new)
         for page in self.tables[new]:
             self.users[page] += 1
         return new
@@ -120,8 +124,7 @@ class DecodeCache(Cache):
             ValueError: if the slot is not allocated.
         """
         self._check_taken((slot,))
-        for page in self.tables[slot]:
-            self._release(page)
+        self.release(self.tables[slot])
         self.tables[slot] = []
         self.lengths[slot] = 0
         self.free_slots.append(slot)
@@ -132,6 +135,63 @@ class DecodeCache(Cache):
         fresh = -(-(held + new_tokens) // self.page_tokens) - len(table)
         shared_tail = held % self.page_tokens and self.users[table[-1]] > 1
         return fresh + bool(shared_tail)
+
+    def fill(self, slot: int) -> None:
+        """Gives an empty slot a page, so that it can stand for rows that hold nothing."""
+        self.tables[slot].append(self._take())
+        self._unsent.add(slot)
+
+    def save(self, slot: int) -> Snapshot:
+        """What the slot holds, on the host; the slot stays as it is.
+
+        Raises:
+            ValueError: if the slot is not allocated.
+        """
+        self._check_taken((slot,))
+        table = torch.tensor(self.tables[slot], dtype=torch.int64).to(self.pages.device)
+        return Snapshot(
+            self.lengths[slot],
+            self.states[:, slot].to("cpu", copy=True),
+            self.pages.index_select(2, table).to("cpu"),
+        )
+
+    def load(self, saved: Snapshot, *, like: int = -1, shared: int = 0) -> int:
+        """A new slot that holds what was saved.
+
+        Args:
+            like: a slot whose first `shared` pages are the same tokens' and full; they are shared
+                instead of copied.
+
+        Raises:
+            RuntimeError: if no slot or too few pages are free.
+        """
+        fresh = saved.num_pages - shared
+        if fresh > len(self.free_pages):
+            raise RuntimeError(
+                f"{fresh} pages are needed, {len(self.free_pages)} of {len(self.users)} are free; "
+                "make num_pages larger or run fewer sequences at once"
+            )
+        slot = self.allocate()
+        self.states[:, slot] = saved.states.to(self.states.device)
+        self.lengths[slot] = saved.length
+        self.hold(slot, self.tables[like][:shared] if shared else [])
+        own = [self._take() for _ in range(fresh)]
+        self.tables[slot] += own
+        place = torch.tensor(own, dtype=torch.int64).to(self.pages.device)
+        self.pages.index_copy_(2, place, saved.pages[:, :, shared:].to(self.pages.device))
+        return slot
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Gives back pages that were held without a slot; those of nobody else are free."""
+        for page in pages:
+            self._release(page)
+
+    def hold(self, slot: int, pages: Sequence[int]) -> None:
+        """Gives `slot` full pages that others hold, behind those that it has."""
+        for page in pages:
+            self.users[page] += 1
+        self.tables[slot] += pages
+        self._unsent.add(slot)
 
     def begin(self, slots: Sequence[int], packed: Packed) -> CacheStep:
         """Makes room for sequence i of `packed` in `slots[i]` and says where everything lies.
@@ -166,12 +226,59 @@ class DecodeCache(Cache):
             cache=self,
             slots=tuple(slots),
             lengths=lengths,
+            held=tuple(past),
             past=torch.tensor(past).to(device),
             rows=rows.to(device),
             table=table.to(device),
             index=torch.tensor(slots).to(device),
             is_fresh=not any(past),
         )
+
+    def begin_decode(self, slots: Sequence[int]) -> None:
+        """Makes room for one token in each of `slots`, in the device's table too.
+
+        Raises:
+            RuntimeError: if too few pages are free; nothing has changed then.
+        """
+        needy = self.needy(slots)
+        if len(needy) > len(self.free_pages):
+            self._check_room(needy, (1,) * len(needy))
+        for slot in needy:
+            self._reserve(slot, 1)
+        self._send_tables([slot for slot in slots if slot in self._unsent])
+
+    def needy(self, slots: Sequence[int]) -> list[int]:
+        """Those that cannot take a token without a page more."""
+        size, lengths, tables, users = self.page_tokens, self.lengths, self.tables, self.users
+        return [s for s in slots if not lengths[s] % size or users[tables[s][-1]] > 1]
+
+    def decode_step(self, index: Tensor, lengths: Tensor) -> DecodeStep:
+        """A step of slots that `begin_decode` made room for; arguments as in `DecodeStep`."""
+        return DecodeStep(
+            self.states, self.pages, self.lightning, self.softmax, self.table, index, lengths
+        )
+
+    @cached_property
+    def table(self) -> Tensor:
+        """[num_slots, num_pages] int32 on the device: pages of each slot, as `begin_decode` left
+        them."""
+        shape = len(self.lengths), len(self.users)
+        return torch.zeros(shape, dtype=torch.int32, device=self.states.device)
+
+    def _send_tables(self, slots: Sequence[int]) -> None:
+        if not slots:
+            return
+        most = max(len(self.tables[slot]) for slot in slots)
+        rows = torch.tensor([self._row(slot, most) for slot in slots], dtype=torch.int32)
+        device = self.states.device
+        index = sent(torch.tensor(slots), device)
+        self.table[:, :most].index_copy_(0, index, sent(rows, device))
+        self._unsent.difference_update(slots)
+
+    def count(self, slots: Sequence[int]) -> None:
+        """Counts one token of each slot as held, once every layer has seen it."""
+        for slot in slots:
+            self.lengths[slot] += 1
 
     def _check_starts(self, slots: Sequence[int], packed: Packed) -> None:
         # on a device the comparison would make every decoding step wait for it
@@ -209,6 +316,7 @@ class DecodeCache(Cache):
 
     def _reserve(self, slot: int, new_tokens: int) -> None:
         table, held = self.tables[slot], self.lengths[slot]
+        self._unsent.add(slot)
         if held % self.page_tokens and self.users[table[-1]] > 1:
             # the last page is shared and would be written: take a copy of it first
             page = self._take()
@@ -286,48 +394,3 @@ class DecodeCache(Cache):
 
 def _numbers(kinds: Sequence[str], kind: str) -> list[int]:
     return [number for number, name in enumerate(kinds) if name == kind]
-
-
-@dataclass(frozen=True)
-class CacheStep:
-    """One forward's view of a cache: who continues what, and where new keys go.
-
-    Args:
-        past: [S] int64, tokens held before; is_fresh if all are 0.
-        rows: [T] int64, row of each new token in the pages laid end to end.
-        table: [S, P] int64, pages of each slot, the last repeated to P.
-        index: [S] int64, the slots.
-    """
-
-    cache: DecodeCache
-    slots: tuple[int, ...]
-    lengths: tuple[int, ...]
-    past: Tensor
-    rows: Tensor
-    table: Tensor
-    index: Tensor
-    is_fresh: bool
-
-    def state(self, layer: int) -> Tensor:
-        """[S, H, D, D] fp32, the lightning states before the new tokens."""
-        return self.cache.states[self.cache.lightning[layer]].index_select(0, self.index)
-
-    def put_state(self, layer: int, state: Tensor) -> None:
-        self.cache.states[self.cache.lightning[layer]].index_copy_(0, self.index, state.detach())
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Stores the new tokens' keys and values, each [T, G, D]."""
-        pages = self.cache.pages[self.cache.softmax[layer]]
-        for store, new in zip(pages, (k, v), strict=True):
-            store.flatten(0, 1).index_copy_(0, self.rows, new.detach().to(store.dtype))
-
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of every slot, each [S, P * page_tokens, G, D]."""
-        pages = self.cache.pages[self.cache.softmax[layer]]
-        keys, values = (store[self.table].flatten(1, 2) for store in pages)
-        return keys, values
-
-    def end(self) -> None:
-        """Counts the new tokens as held, once every layer has seen them."""
-        for slot, length in zip(self.slots, self.lengths, strict=True):
-            self.cache.lengths[slot] += length

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils.generic import ModelOutput
 
 from model.attention import SoftmaxAttention
-from model.cache import CacheStep, DecodeCache
+from model.cache import DecodeCache
 from model.checkpointing import Checkpointing, computed_again
 from model.config import HybridConfig
 from model.door import check_form, check_hints, open_door, own_labels
@@ -30,6 +30,7 @@ from model.norm import ResidualNorm, RMSNorm
 from model.packed import Packed
 from model.rotary import rotary_angles
 from model.row import Row
+from model.step import DecodeStep, Step
 
 Angles = tuple[Tensor, Tensor]
 
@@ -90,7 +91,7 @@ class Block(nn.Module):
         x: Tensor,
         packed: Packed,
         angles: Angles,
-        cache: CacheStep | None = None,
+        cache: Step | None = None,
         checkpointing: Checkpointing = "none",
     ) -> tuple[Tensor, Tensor]:
         """[T, C] -> [T, C] and router logits [T, E]."""
@@ -102,7 +103,7 @@ class Block(nn.Module):
         return self.feed(*self.attend(x, packed, angles, cache))
 
     def attend(
-        self, x: Tensor, packed: Packed, angles: Angles, cache: CacheStep | None = None
+        self, x: Tensor, packed: Packed, angles: Angles, cache: Step | None = None
     ) -> tuple[Tensor, Tensor]:
         """The first half: [T, C] -> the residual and its norm, [T, C] each."""
         residual, normed = self.input_layernorm(x)
@@ -203,6 +204,16 @@ class HybridModel(HybridPreTrainedModel):
             ValueError: if a sequence does not start where its slot ends.
         """
         step = None if cache is None else cache.begin(slots, packed)
+        out = self._through(packed, step, embeddings)
+        if step is not None:
+            step.end()
+        return out
+
+    def decode(self, packed: Packed, step: DecodeStep) -> Hidden:
+        """One token of each of S sequences, whose cache is written in place; waits for nothing."""
+        return self._through(packed, step, None)
+
+    def _through(self, packed: Packed, step: Step | None, embeddings: Tensor | None) -> Hidden:
         x = self.embed_tokens(packed.tokens) if embeddings is None else embeddings
         angles = rotary_angles(packed.positions, self.rotary_dim, self.rotary_base)
         checkpointing = "full" if self.gradient_checkpointing else self.checkpointing
@@ -212,8 +223,6 @@ class HybridModel(HybridPreTrainedModel):
         for layer in self.layers:
             x, logits = layer(x, packed, angles, step, checkpointing)
             router_logits.append(logits)
-        if step is not None:
-            step.end()
         return Hidden(self.norm(x), tuple(router_logits))
 
     def forward(

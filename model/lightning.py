@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from model.cache import CacheStep
 from model.config import HybridConfig
-from model.kernels.lightning.op import lightning_attention
+from model.kernels.lightning.op import lightning_attention, lightning_step
 from model.kernels.linear.op import Linear
 from model.kernels.qkv.op import silu_qkv
 from model.norm import GatedRMSNorm
 from model.packed import Packed
+from model.step import DecodeStep, Step
 
 Core = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -59,18 +59,21 @@ class LightningAttention(nn.Module):
         self.norm = GatedRMSNorm(width, config.lightning_norm_eps)
         self.core: Core = lightning_attention
 
-    def forward(self, x: Tensor, packed: Packed, cache: CacheStep | None = None) -> Tensor:
+    def forward(self, x: Tensor, packed: Packed, cache: Step | None = None) -> Tensor:
         """[T, C] -> [T, C]."""
         q, k, v = silu_qkv(self.qkv_proj(x), self.heads)
         out = self._attend(q, k, v, packed.lengths, cache)
         return self.out_proj(self.norm(out.flatten(1), self.output_gate(x)))
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], cache: CacheStep | None
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], cache: Step | None
     ) -> Tensor:
         slopes = decay_slopes(self.heads, self.layer, self.num_layers, q.device)
         if cache is None:
             return self.core(q, k, v, slopes, lengths)[0]
+        if isinstance(cache, DecodeStep):
+            states = cache.states[cache.lightning[self.layer]]
+            return lightning_step(q, k, v, slopes, states, cache.index)
         state = cache.state(self.layer)
         out, final = self.core(q, k, v, slopes, lengths, initial_state=state, with_final=True)
         assert final is not None, "asked for by with_final"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -23,6 +23,14 @@ class Sampling:
         min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
         seed: the tokens of a request depend on its seed and sample index, never on its neighbours.
         stop_token_ids: the response ends with the first of these (which is part of it).
+        stop_strings: the response ends with the token that completes the first of these in its
+            text. That token is kept whole, whatever of its text lies behind the string: a policy
+            is trained on tokens that it sampled. Whoever shows text cuts it there.
+        repetition_tokens: so many tokens in a row, each more likely than repetition_probability
+            under the untouched distribution, end the response (finish "repetition"); 0 never.
+        repetition_probability: in [0, 1).
+
+    Source: MiniMax-M1 report, section 4.9: 3,000 tokens above 0.99.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -39,6 +47,9 @@ class Sampling:
     min_p: float = 0.0
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    repetition_tokens: int = 0
+    repetition_probability: float = 0.99
 
     def __post_init__(self) -> None:
         for name, good, expected in (
@@ -47,6 +58,9 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= 0, ">= 0; 0 keeps all"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("stop_strings", all(self.stop_strings), "no empty string"),
+            ("repetition_tokens", self.repetition_tokens >= 0, ">= 0; 0 never ends a response"),
+            ("repetition_probability", 0 <= self.repetition_probability < 1, "in [0, 1)"),
         ):
             if not good:
                 raise ValueError(f"Sampling.{name} = {getattr(self, name)}, expected {expected}")
@@ -55,6 +69,9 @@ class Sampling:
 @dataclass(frozen=True)
 class Request:
     """One prompt, sampled `num_samples` times from one prefill.
+
+    Args:
+        return_experts: whether completions carry the experts that each token chose.
 
     Example:
         >>> Request(request_id="p7", prompt=(1, 5, 9), num_samples=4).sampling.temperature
@@ -65,6 +82,27 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling = Sampling()
     num_samples: int = 1
+    return_experts: bool = False
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of one sample went, in seconds.
+
+    Args:
+        queued_s: from the request's arrival to the start of its prefill.
+        prefill_s: from there to the sample's first token; the group's for all of its samples.
+        decode_s: from the first token to the last, pauses for want of memory among them.
+    """
+
+    queued_s: float
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def first_token_s(self) -> float:
+        """From the request's arrival to the sample's first token."""
+        return self.queued_s + self.prefill_s
 
 
 @dataclass(frozen=True)
@@ -79,6 +117,10 @@ class Completion:
             top-p, top-k, min-p), renormalised.
         kept_mass: probability, at the sampling temperature, of the set that was kept, per token.
         policy_version: version of the weights that sampled it.
+        timings: None where the engine does not measure them.
+        experts: [P + R - 1, layers, K] int16 on the CPU, the experts that each token of prompt and
+            response chose in each layer, in order of their weight, the last token left out (it
+            never entered the model); None unless the request asked for them.
     """
 
     request_id: str
@@ -90,6 +132,8 @@ class Completion:
     kept_mass: tuple[float, ...]
     finish: Finish
     policy_version: int
+    timings: Timings | None = None
+    experts: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -141,7 +185,10 @@ class StreamingEngine(Engine, Protocol):
         ...
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request: its slots and pages are free at once. An unknown id is an error."""
+        """Ends a request: its slots and pages are free at once. An unknown id is an error.
+
+        The next turn tells of it, with token -1 for each of its samples.
+        """
         ...
 
     @property

@@ -1,0 +1,12 @@
+"""The engine on this project's own model.
+
+engine.py      NativeEngine: what a caller sees; one turn
+scheduler.py   who runs next: slots, pages, pauses
+sequence.py    a request on its way, and each of its samples
+prefix.py      prompts that begin alike
+turn.py        the device's part: prefill, first tokens, decode
+batch.py       a decode batch whose tensors stay where they are
+graphs.py      its steps as CUDA graphs
+sampler.py     from logits to tokens
+int8.py        rounded experts
+"""

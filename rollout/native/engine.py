@@ -1,43 +1,78 @@
 """The native engine: prompts prefilled once and forked to their group, decoded in one batch.
 
-One turn of `generate` is: admit what fits, prefill the new prompts packed, draw the first tokens
-from the logits that a group shares, fork the survivors, then one decode step of all live samples.
+One turn is: bring back what paused, admit what fits, prefill pieces of the new prompts, draw the
+first tokens from the logits that a group shares, fork the survivors, make room, then one decode
+step of all live samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
-from model import DecodeCache, HybridForCausalLM, Packed
-from rollout.native.sampler import Knobs, draw
-from rollout.native.scheduler import Group, Limits, Sample, Scheduler
+from model import DecodeCache, HybridForCausalLM
+from rollout.native.int8 import in_place_of_live
+from rollout.native.prefix import Prefixes
+from rollout.native.scheduler import Limits, Scheduler, refuse_unless_it_fits
+from rollout.native.sequence import Decode, Sample
+from rollout.native.turn import Runner, evaluating
 from rollout.sync import copy_weights
-from rollout.types import Completion, Request
+from rollout.types import Completion, Request, Token
+
+
+@dataclass(frozen=True)
+class Stats:
+    """State of an engine.
+
+    Args:
+        num_live, num_paused: samples decoding, and those that wait on the host for pages.
+        num_pauses: since the engine was made.
+        num_prefix_tokens: prompt tokens that were not prefilled because they were known.
+        num_free_slots, num_free_pages: of the cache.
+    """
+
+    num_live: int
+    num_paused: int
+    num_pauses: int
+    num_prefix_tokens: int
+    num_free_slots: int
+    num_free_pages: int
 
 
 class NativeEngine:
-    """Samples from a live model, in process. Implements `rollout.types.Engine`.
+    """Samples from a live model, in process. Implements `rollout.types.StreamingEngine`.
 
-    The weights are the caller's: what a trainer updates in place is sampled from at the next call,
-    and the trainer sets `policy_version` itself. The cache lives only during `generate`.
+    The weights are the caller's: what a trainer updates in place is sampled from at the next turn,
+    and the trainer sets `policy_version` itself. A completion whose weights changed on the way
+    carries the version that it began with. The cache is made when the first request comes.
 
     Args:
-        model: any device and dtype; put in eval mode during `generate` and back afterwards.
+        model: any device and dtype; put in eval mode during a turn and back afterwards. Adapters of
+            peft that are on are sampled from as they are, without merging.
         max_slots: sequences decoded at once.
         max_cache_tokens: tokens of keys and values held at once; a prompt shared by its group
-            counts once, and responses count at their longest.
+            counts once.
         policy_version: carried by every completion.
         page_tokens: granularity of the cache, in tokens.
-        prefill_tokens: most prompt tokens per forward; a longer prompt goes in pieces.
+        prefill_tokens: most prompt tokens a turn; a longer prompt goes in pieces.
         autocast: type that fp32 weights are multiplied in, as a trainer's forward does; None
             multiplies them as they are.
+        decode: text of some tokens, for requests with stop strings; None refuses those.
+        max_prefixes: beginnings of prompts remembered, each with one state of the model.
+        prefix_tokens: distance of the borders at which they are, a multiple of page_tokens; with
+            max_prefixes = 0 it does nothing.
+        graphs: whether decode steps are CUDA graphs; nothing on a CPU.
+        experts: "int8" rounds a copy of their weights, anew whenever work begins after a pause.
+        keeps_cache: whether the cache outlives `generate`; otherwise a trainer gets the memory.
 
     Raises:
-        ValueError: if a limit is below 1.
+        ValueError: if a limit is below 1, or prefix_tokens does not fit.
 
     Example:
         >>> from model.config import preset
@@ -52,7 +87,7 @@ class NativeEngine:
 
     def __init__(
         self,
-        model: HybridForCausalLM,
+        model: HybridForCausalLM | PeftModel,
         *,
         max_slots: int,
         max_cache_tokens: int,
@@ -60,46 +95,157 @@ class NativeEngine:
         page_tokens: int = 64,
         prefill_tokens: int = 16384,
         autocast: torch.dtype | None = None,
+        decode: Decode | None = None,
+        max_prefixes: int = 0,
+        prefix_tokens: int = 1024,
+        graphs: bool = True,
+        experts: Literal["live", "int8"] = "live",
+        keeps_cache: bool = True,
     ) -> None:
-        for name, value in (
-            ("max_slots", max_slots),
-            ("max_cache_tokens", max_cache_tokens),
-            ("page_tokens", page_tokens),
-            ("prefill_tokens", prefill_tokens),
+        for name, value, least in (
+            ("max_slots", max_slots, 1),
+            ("max_cache_tokens", max_cache_tokens, 1),
+            ("page_tokens", page_tokens, 1),
+            ("prefill_tokens", prefill_tokens, 1),
+            ("max_prefixes", max_prefixes, 0),
         ):
-            if value < 1:
-                raise ValueError(f"NativeEngine.{name} = {value}, expected >= 1")
-        self.model = model
-        self.limits = Limits(max_slots, -(-max_cache_tokens // page_tokens), page_tokens)
-        self.prefill_tokens = prefill_tokens
-        self.policy_version = policy_version
+            if value < least:
+                raise ValueError(f"NativeEngine.{name} = {value}, expected >= {least}")
+        if max_prefixes and not _is_border(prefix_tokens, page_tokens, prefill_tokens):
+            raise ValueError(
+                f"NativeEngine.prefix_tokens = {prefix_tokens}, expected a multiple of page_tokens "
+                f"= {page_tokens}, at most prefill_tokens = {prefill_tokens}"
+            )
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(plain, HybridForCausalLM), "adapters wrap the project's own model"
+        self.model = plain
+        chunk = prefix_tokens if max_prefixes else prefill_tokens
+        pages = -(-max_cache_tokens // page_tokens)
+        self.limits = Limits(max_slots, pages, page_tokens, prefill_tokens, chunk)
         self.autocast = autocast
+        self.keeps_cache = keeps_cache
+        self._text = decode
+        self._rounds_experts = experts == "int8"
+        self._uses_graphs = graphs and plain.device.type == "cuda"
+        self._version = policy_version
+        self._prefixes = Prefixes(max_prefixes, prefix_tokens)
+        self._plan = Scheduler(self.limits)
+        self._runner: Runner | None = None
+        self._cancelled: list[Token] = []
+        self._is_busy = False
         self._fault = ""
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights; setting it says that they have changed."""
+        return self._version
+
+    @policy_version.setter
+    def policy_version(self, version: int) -> None:
+        self._prefixes.clear(None if self._runner is None else self._runner.cache)
+        self._version = version
+        # its owner may have moved weights: see `Runner.begin`
+        self._is_busy = False
+
+    @property
+    def num_in_flight(self) -> int:
+        """Samples queued or live."""
+        return self._plan.num_in_flight
+
+    @property
+    def stats(self) -> Stats:
+        """What has happened and what is free, for whoever watches."""
+        limits, cache = self.limits, None if self._runner is None else self._runner.cache
+        return Stats(
+            num_live=len(self._plan.live),
+            num_paused=len(self._plan.swapped),
+            num_pauses=self._plan.num_pauses,
+            num_prefix_tokens=self._prefixes.num_hit_tokens,
+            num_free_slots=limits.num_slots if cache is None else cache.num_free_slots,
+            num_free_pages=limits.num_pages if cache is None else cache.num_free_pages,
+        )
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; its tokens come out of later turns.
+
+        Raises:
+            ValueError: if the request can never fit, holds a token outside the vocabulary or stop
+                strings that nobody can decode, or if its id is already in flight.
+            RuntimeError: if the engine is closed or half updated.
+        """
+        self._check_alive()
+        self._check_request(request)
+        if any(g.request.request_id == request.request_id for g in self._plan.groups.values()):
+            raise ValueError(
+                f"request {request.request_id!r} is in flight; wait for its end, cancel it, or "
+                "choose another id"
+            )
+        self._plan.add(request)
+
+    def step(self) -> list[Token]:
+        """One turn: prefill what is admitted, decode one token of every live sample.
+
+        Empty and free of cost when nothing is in flight and nothing was cancelled since.
+
+        Raises:
+            RuntimeError: if the engine is closed, half updated, or the model gives nan; then all
+                that was in flight is gone.
+        """
+        self._check_alive()
+        told, self._cancelled = self._cancelled, []
+        if not self._plan.num_in_flight:
+            return told
+        with self._working():
+            return told + [token for _, token in self._step()]
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """All samples of all requests, in the order of the requests, then of the samples.
 
         Raises:
-            ValueError: if a request can never fit, or holds a token outside the vocabulary.
-            RuntimeError: if the engine is closed, half updated, or the model gives nan.
+            ValueError: as `submit`, but two requests may have one id.
+            RuntimeError: as `step`, and if submitted requests are in flight, whose tokens would
+                be lost.
         """
-        if self._fault:
-            raise RuntimeError(self._fault)
-        self._check_tokens(requests)
-        plan = Scheduler(requests, self.limits)
-        precision = torch.autocast(
-            self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None
-        )
-        with torch.no_grad(), precision, evaluating(self.model):
-            run = _Run(self, plan)
-            while plan.live or plan.waiting:
-                run.start(plan.admit())
-                if plan.live:
-                    run.decode()
-        return [run.done[key] for key in sorted(run.done)]
+        self._check_alive()
+        if self._plan.num_in_flight:
+            raise RuntimeError(
+                f"engine: {self._plan.num_in_flight} submitted samples are in flight; call step "
+                "until they are done before generate"
+            )
+        for request in requests:
+            self._check_request(request)
+        for request in requests:
+            self._plan.add(request)
+        done: dict[tuple[int, int], Completion] = {}
+        try:
+            with self._working():
+                while self._plan.num_in_flight:
+                    for sample, token in self._step():
+                        if token.completion is not None:
+                            done[sample.age] = token.completion
+        finally:
+            if not self.keeps_cache:
+                self.release()
+        return [done[age] for age in sorted(done)]
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request: its slots and pages are free at once.
+
+        The next turn tells of it: token -1 for each sample that had not ended, with what it had.
+
+        Raises:
+            ValueError: if no such request is in flight.
+        """
+        cache = None if self._runner is None else self._runner.cache
+        found = [g for g in self._plan.groups.values() if g.request.request_id == request_id]
+        if not found:
+            raise ValueError(f"request {request_id!r} is not in flight; it ended or never came")
+        for sample in [s for group in found for s in self._plan.cancel(group, cache)]:
+            done = sample.completion("cancelled", self._version)
+            self._cancelled.append(Token(request_id, sample.index, -1, 0.0, done))
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replaces every weight in place by name; every later completion carries `version`.
+        """Replaces every weight in place by name; what begins later carries `version`.
 
         Raises:
             ValueError: naming the first tensor that is unexpected, misshapen or missing. Weights
@@ -113,148 +259,141 @@ class NativeEngine:
         self.policy_version = version
         self._fault = ""
 
+    def release(self) -> None:
+        """Gives the cache's memory back; it is made again when needed.
+
+        Raises:
+            RuntimeError: if something is in flight.
+        """
+        if self._plan.num_in_flight:
+            raise RuntimeError(
+                f"engine: {self._plan.num_in_flight} samples are in flight; cancel them or wait "
+                "for their end before release"
+            )
+        self._prefixes.clear(None)
+        self._runner = None
+
     def close(self) -> None:
-        """Ends the engine; the model stays as it is."""
+        """Ends the engine and all that is in flight; the model stays as it is."""
+        self._abandon()
+        self.release()
+        self._cancelled.clear()
         self._fault = "engine: it is closed; make a new one"
 
-    def _check_tokens(self, requests: Sequence[Request]) -> None:
-        vocabulary = self.model.config.vocab_size
-        for request in requests:
-            if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < vocabulary:
-                bad = next(token for token in request.prompt if not 0 <= token < vocabulary)
-                raise ValueError(
-                    f"request {request.request_id!r}: token {bad} is outside the model's "
-                    f"vocabulary of {vocabulary}; render it with the model's own tokenizer"
-                )
+    def _step(self) -> list[tuple[Sample, Token]]:
+        """One turn, inside `_working`."""
+        if not self._plan.num_in_flight:
+            return []
+        if self._runner is None:
+            self._runner = self._open()
+        if not self._is_busy:
+            self._runner.begin()
+        with in_place_of_live(self._runner.rounded):
+            told = self._turn(self._runner)
+        self._is_busy = self._plan.num_in_flight > 0
+        return told
 
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-class _Run:
-    """One call of `generate`: its cache, its live samples and their settings."""
-
-    def __init__(self, engine: NativeEngine, plan: Scheduler) -> None:
-        self.engine = engine
-        self.model = engine.model
-        self.plan = plan
-        self.done: dict[tuple[int, int], Completion] = {}
-        self.device = self.model.device
-        self.cache = DecodeCache(
-            self.model.config,
-            num_slots=plan.limits.num_slots,
-            num_pages=plan.limits.num_pages,
-            page_tokens=plan.limits.page_tokens,
-            dtype=self.model.dtype,
-            device=self.device,
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        device = self.model.device.type
+        precision = torch.autocast(
+            device,
+            dtype=self.autocast,
+            enabled=self.autocast is not None,
+            # a cast that a graph captured must not be left out because of an earlier one
+            cache_enabled=not self._uses_graphs,
         )
-        self.knobs: Knobs | None = None
+        try:
+            with torch.no_grad(), precision, evaluating(self.model):
+                yield
+        except BaseException:
+            # what a broken turn left half done is not to be trusted
+            self._abandon()
+            self._prefixes.clear(None)
+            self._runner = None
+            raise
 
-    def start(self, started: list[Sample]) -> None:
-        """Prefills new prompts, draws the first tokens and gives a slot to those that go on."""
-        if not started:
-            return
-        groups = list(dict.fromkeys(sample.group for sample in started))
-        self._prefill([group for group in groups if group.root < 0])
-        logits = torch.stack([_shared_logits(sample.group) for sample in started])
-        ended = self._draw(started, logits, self._knobs(started))
-        gone = set(ended)
+    def _open(self) -> Runner:
+        cache = DecodeCache(
+            self.model.config,
+            num_slots=self.limits.num_slots + 1,
+            num_pages=self.limits.num_pages + 1,
+            page_tokens=self.limits.page_tokens,
+            dtype=self.model.dtype,
+            device=self.model.device,
+        )
+        return Runner(
+            self.model,
+            cache,
+            uses_graphs=self._uses_graphs,
+            rounds_experts=self._rounds_experts,
+        )
+
+    def _turn(self, runner: Runner) -> list[tuple[Sample, Token]]:
+        plan, cache = self._plan, runner.cache
+        pieces, started = plan.admit(cache, self._prefixes)
+        for piece in pieces:
+            if piece.group.version is None:
+                piece.group.version = self._version
+        runner.prefill(pieces, self._prefixes, self.limits.prefill_tokens)
+        told = self._take(started, runner.first_tokens(started)) if started else []
+        ended = {sample for sample, token in told if token.completion is not None}
         for sample in started:
             group = sample.group
             takes_root = sample.index == group.request.num_samples - 1
-            if sample not in gone:
-                sample.slot = group.root if takes_root else self.cache.fork(group.root)
+            if sample not in ended:
+                sample.slot = group.root if takes_root else cache.fork(group.root)
+                plan.live.append(sample)
             elif takes_root:
-                self.cache.free(group.root)
-        self.plan.end(ended)
-        self.knobs = None
+                cache.free(group.root)
+            if takes_root:
+                group.root, group.logits = -1, None
+        plan.end(list(ended), cache)
+        plan.make_room(cache, self._prefixes)
+        if plan.live:
+            live = list(plan.live)
+            decoded = self._take(live, runner.decode(live))
+            plan.end([sample for sample, token in decoded if token.completion is not None], cache)
+            told += decoded
+        return told
 
-    def decode(self) -> None:
-        """One token of every live sample."""
-        live = self.plan.live
-        slots = [sample.slot for sample in live]
-        tokens = torch.tensor([sample.tokens[-1] for sample in live], device=self.device)
-        positions = torch.tensor([self.cache.lengths[slot] for slot in slots], device=self.device)
-        packed = Packed(tokens, positions, (1,) * len(live))
-        hidden = self.model.model.run(packed, cache=self.cache, slots=tuple(slots)).hidden
-        if self.knobs is None:
-            self.knobs = self._knobs(live)
-        ended = self._draw(live, self.model.logits(hidden), self.knobs)
-        if ended:
-            for sample in ended:
-                self.cache.free(sample.slot)
-            self.plan.end(ended)
-            self.knobs = None
+    def _take(
+        self, samples: Sequence[Sample], columns: Sequence[Sequence[float]]
+    ) -> list[tuple[Sample, Token]]:
+        """Adds a token to each sample."""
+        told = []
+        for sample, token, logprob, *rest in zip(samples, *columns, strict=True):
+            finish = sample.take(int(token), logprob, *rest, decode=self._text)
+            done = None if finish is None else sample.completion(finish, self._version)
+            request_id = sample.group.request.request_id
+            told.append((sample, Token(request_id, sample.index, int(token), logprob, done)))
+        return told
 
-    def _knobs(self, samples: Sequence[Sample]) -> Knobs:
-        rows = [(sample.group.request.sampling, sample.index) for sample in samples]
-        return Knobs.of(rows, device=self.device)
+    def _abandon(self) -> None:
+        cache = None if self._runner is None else self._runner.cache
+        for group in self._plan.groups.values():
+            self._plan.cancel(group, cache)
+        self._is_busy = False
 
-    def _draw(self, samples: Sequence[Sample], logits: Tensor, knobs: Knobs) -> list[Sample]:
-        """Adds one token to each sample; returns those that ended, noting their completions."""
-        positions = torch.tensor([len(sample.tokens) for sample in samples], device=self.device)
-        drawn = draw(logits.float(), knobs, positions)
-        # one copy to the host a step; fp64 holds token ids and fp32 numbers exactly
-        numbers = (drawn.tokens, drawn.logprobs, drawn.filtered_logprobs, drawn.kept_mass)
-        columns = torch.stack([number.double() for number in numbers]).tolist()
-        ended = []
-        for sample, token, *rest in zip(samples, *columns, strict=True):
-            finish = sample.take(int(token), *rest)
-            if finish is not None:
-                key = (sample.group.order, sample.index)
-                self.done[key] = sample.completion(finish, self.engine.policy_version)
-                ended.append(sample)
-        return ended
+    def _check_alive(self) -> None:
+        if self._fault:
+            raise RuntimeError(self._fault)
 
-    def _prefill(self, groups: list[Group]) -> None:
-        """Fills each group's root slot and notes the logits after its last prompt token."""
-        for group in groups:
-            group.root = self.cache.allocate()
-        for pieces in runs_of(groups, self.engine.prefill_tokens):
-            tokens = [t for group, begin, end in pieces for t in group.request.prompt[begin:end]]
-            positions = [p for _, begin, end in pieces for p in range(begin, end)]
-            packed = Packed(
-                torch.tensor(tokens, device=self.device),
-                torch.tensor(positions, device=self.device),
-                tuple(end - begin for _, begin, end in pieces),
+    def _check_request(self, request: Request) -> None:
+        refuse_unless_it_fits(request, self.limits)
+        vocabulary = self.model.config.vocab_size
+        if not 0 <= min(request.prompt) <= max(request.prompt) < vocabulary:
+            bad = next(token for token in request.prompt if not 0 <= token < vocabulary)
+            raise ValueError(
+                f"request {request.request_id!r}: token {bad} is outside the model's "
+                f"vocabulary of {vocabulary}; render it with the model's own tokenizer"
             )
-            slots = tuple(group.root for group, _, _ in pieces)
-            hidden = self.model.model.run(packed, cache=self.cache, slots=slots).hidden
-            last = hidden[packed.cu_seqlens[1:].long() - 1]
-            for (group, _, end), row in zip(pieces, self.model.logits(last), strict=True):
-                if end == len(group.request.prompt):
-                    group.logits = row
+        if request.sampling.stop_strings and self._text is None:
+            raise ValueError(
+                f"request {request.request_id!r}: stop_strings = "
+                f"{request.sampling.stop_strings} need text; give the engine `decode`"
+            )
 
 
-def _shared_logits(group: Group) -> Tensor:
-    assert group.logits is not None, "a sample starts only after its prompt was prefilled"
-    return group.logits
-
-
-def runs_of(groups: Sequence[Group], budget: int) -> Iterator[list[tuple[Group, int, int]]]:
-    """Pieces (group, begin, end) of the prompts, in order, at most `budget` tokens a run.
-
-    A prompt longer than the budget is cut; two pieces of one prompt never share a run.
-    """
-    pieces: list[tuple[Group, int, int]] = []
-    room = budget
-    for group in groups:
-        length = len(group.request.prompt)
-        for begin in range(0, length, budget):
-            size = min(budget, length - begin)
-            if pieces and (size > room or pieces[-1][0] is group):
-                yield pieces
-                pieces, room = [], budget
-            pieces.append((group, begin, begin + size))
-            room -= size
-    if pieces:
-        yield pieces
+def _is_border(prefix_tokens: int, page_tokens: int, prefill_tokens: int) -> bool:
+    return 0 < prefix_tokens <= prefill_tokens and prefix_tokens % page_tokens == 0

@@ -13,6 +13,7 @@ about 1e-7, so a token differs only if u falls between the two borders, i.e. if 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,7 @@ class Knobs:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         samplings = [sampling for sampling, _ in rows]
+        greedy, tempered, filtered = cls.flags(samplings)
         return cls(
             temperature=floats([s.temperature for s in samplings]),
             top_p=floats([s.top_p for s in samplings]),
@@ -75,9 +77,18 @@ class Knobs:
             top_k=integers([s.top_k for s in samplings]),
             seed=integers([s.seed & MASK_63 for s in samplings]),
             sample=integers([sample for _, sample in rows]),
-            greedy=any(s.temperature == 0 for s in samplings),
-            tempered=any(s.temperature not in (0, 1) for s in samplings),
-            filtered=any(
+            greedy=greedy,
+            tempered=tempered,
+            filtered=filtered,
+        )
+
+    @staticmethod
+    def flags(samplings: Sequence[Sampling]) -> tuple[bool, bool, bool]:
+        """greedy, tempered and filtered of rows with these settings."""
+        return (
+            any(s.temperature == 0 for s in samplings),
+            any(s.temperature not in (0, 1) for s in samplings),
+            any(
                 s.temperature > 0 and (s.top_p < 1 or s.top_k > 0 or s.min_p > 0) for s in samplings
             ),
         )
@@ -152,8 +163,8 @@ def draw(logits: Tensor, knobs: Knobs, positions: Tensor) -> Drawn:
         knobs: N rows.
         positions: [N] int64, index of the token in its response, the third counter of its hash.
 
-    Raises:
-        RuntimeError: if a row holds nan or only -inf, which means a broken model.
+    A row of nan, or of -inf only, gives a logprob of nan (`refuse_broken`): nothing here waits for
+    the device.
     """
     untouched = tempered = logits.log_softmax(-1)
     if knobs.tempered:
@@ -165,20 +176,19 @@ def draw(logits: Tensor, knobs: Knobs, positions: Tensor) -> Drawn:
     # fp64: in fp32 a cumulative sum over a large vocabulary would lose its rare tokens
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     mass = cumulative[:, -1]
-    if not bool((mass > 0).all()):
-        row = int((~(mass > 0)).nonzero()[0])
-        raise RuntimeError(
-            f"sampler: row {row} of the logits has no finite distribution (nan, or all -inf); "
-            "the weights are broken: look at the last update's loss and gradient norm"
-        )
     # the clamp keeps u * mass, when rounded up, below the last kept token's border
     point = (uniform(knobs.seed, knobs.sample, positions) * mass).minimum(mass.nextafter(0 * mass))
     tokens = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
+    # nan alone is beyond the end
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)
     chosen = tokens[:, None]
-    kept_mass = mass.float() if knobs.filtered else torch.ones_like(knobs.temperature)
+    kept_mass = torch.ones_like(knobs.temperature)
     filtered = tempered.gather(-1, chosen)[:, 0]
     if knobs.filtered:
-        filtered = (filtered.double() - mass.log()).float()
+        # a row that keeps all has mass 1, not the rounded sum that a neighbour's filter asks for
+        keeps_all = (knobs.top_p >= 1) & (knobs.top_k == 0) & (knobs.min_p == 0)
+        kept_mass = torch.where(keeps_all, kept_mass, mass.float())
+        filtered = torch.where(keeps_all, filtered, (filtered.double() - mass.log()).float())
     if knobs.greedy:
         is_greedy = knobs.temperature == 0
         tokens = torch.where(is_greedy, logits.argmax(-1), tokens)
@@ -186,3 +196,13 @@ def draw(logits: Tensor, knobs: Knobs, positions: Tensor) -> Drawn:
         kept_mass = torch.where(is_greedy, 1.0, kept_mass)
     logprobs = untouched.gather(-1, tokens[:, None])[:, 0]
     return Drawn(tokens, logprobs, filtered, kept_mass)
+
+
+def refuse_broken(logprobs: Sequence[float]) -> None:
+    """Raises RuntimeError if a drawn token's log-probability is nan: a broken model."""
+    for row, logprob in enumerate(logprobs):
+        if math.isnan(logprob):
+            raise RuntimeError(
+                f"sampler: row {row} of the logits has no finite distribution (nan, or all -inf); "
+                "the weights are broken: look at the last update's loss and gradient norm"
+            )

@@ -234,6 +234,58 @@ def _check_lse(q: Tensor) -> None:
         )
 
 
+def continued_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: tuple[Tensor, Tensor],
+    lengths: Sequence[int],
+    held: Sequence[int],
+) -> Tensor:
+    """Causal attention of new tokens to each other and to all that came before; no gradient.
+
+    Two calls without a mask, which no kernel for long rows takes, and their merge.
+
+    Args:
+        q: [T, H, D]; k, v: [T, G, D], the new tokens, packed by `lengths`.
+        past: keys and values before them, packed by `held`, each [sum(held), G, D].
+        held: tokens before, of each sequence, >= 0.
+
+    Returns: [T, H, D].
+
+    Example:
+        >>> new, old = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
+        >>> continued_attention(old, new, new, (old, old), [1], [1]).flatten().tolist()
+        [0.5, 0.5, 0.5, 0.5]
+    """
+    keys, values = (x.to(q.dtype) for x in past)
+    own, own_lse = packed_attention_lse(q, k, v, lengths)
+    rows, total = [], 0
+    for length, before in zip(lengths, held, strict=True):
+        if before:
+            rows.append(slice(total, total + length))
+        total += length
+    theirs, their_lse = packed_attention_lse(
+        torch.cat([q[row] for row in rows]),
+        keys,
+        values,
+        [row.stop - row.start for row in rows],
+        key_lengths=[before for before in held if before],
+    )
+    out, begin = own.clone(), 0
+    for row in rows:
+        other = slice(begin, begin + row.stop - row.start)
+        merged, _ = merge_attention(
+            own[row].float() if q.dtype != torch.float64 else own[row],
+            own_lse[row],
+            theirs[other],
+            their_lse[other],
+        )
+        out[row] = merged.to(q.dtype)
+        begin = other.stop
+    return out
+
+
 def cached_attention(
     q: Tensor,
     keys: Tensor,

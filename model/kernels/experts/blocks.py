@@ -35,6 +35,14 @@ def expert_layer_blocks(
 
 # oneDNN builds a new kernel for every number of rows it meets; so only multiples of this are asked
 _ROW_STEP = 64
+# BLAS multiplies fewer than four rows a thread by other code, which rounds otherwise; with these a
+# row's bits do not depend on how many others chose its expert
+ROWS_A_THREAD = 8
+
+
+def least_rows(x: Tensor) -> int:
+    """Rows from which a product on the device of x gives each row bits of its own."""
+    return ROWS_A_THREAD * torch.get_num_threads() if x.device.type == "cpu" else 1
 
 
 class _Piece(NamedTuple):
@@ -60,7 +68,8 @@ def _pieces(
         for first in range(start, end, size):
             own = slice(first, min(first + size, end))
             rows, weight = token[own], scale[own]
-            if small and (extra := -rows.shape[0] % _ROW_STEP):
+            extra = -len(rows) % _ROW_STEP if small else max(0, least_rows(x) - len(rows))
+            if extra:
                 rows = torch.cat((rows, rows[-1:].expand(extra)))
                 weight = F.pad(weight, (0, 0, 0, extra))
             yield _Piece(expert, own, rows, weight)

@@ -2,8 +2,9 @@
 
     y_t = sum_k p_{t,k} W2_e (silu(g) * u),   [g | u] = W1_e x_t,   e = chosen[t, k]
 
-Two forms give the same numbers: torch matmuls, one an expert (`blocks.py`), and kernels and grouped
-products on CUDA (`launch.py`), which never wait for the device.
+Three forms give the same numbers: torch matmuls, one an expert (`blocks.py`), and on CUDA, where
+nothing waits for the device, kernels and grouped products (`launch.py`) or, for few tokens, three
+kernels that read each chosen expert's weights once (`experts_few`).
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ def expert_layer(
     if x.is_cuda and x.dtype in TRITON_DTYPES and chosen.numel():
         # not at the top: torch for CPU comes without triton
         from model.kernels.experts.launch import expert_layer_triton
+        from model.kernels.experts_few.launch import MAX_PLACES, expert_layer_few
+
+        is_dense = gate_up.is_contiguous() and down.is_contiguous()
+        if chosen.numel() <= MAX_PLACES and is_dense and not torch.is_grad_enabled():
+            return expert_layer_few(x, gate_up, down, chosen, weights).to(dtype)
 
         return expert_layer_triton(x, gate_up, down, chosen, weights).to(dtype)
     return expert_layer_blocks(x, gate_up, down, chosen, weights).to(dtype)

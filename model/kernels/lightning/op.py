@@ -156,4 +156,5 @@ def _step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor) -> tup
     wide = state.dtype
     state = torch.exp(-slopes.to(wide))[:, None, None] * state
     state = state + k.to(wide)[..., :, None] * v.to(wide)[..., None, :]
-    return (q.to(wide)[..., None, :] @ state).squeeze(-2).to(v.dtype), state
+    # not a batched product, whose bits depend on the batch
+    return (q.to(wide)[..., :, None] * state).sum(-2).to(v.dtype), state

@@ -23,11 +23,14 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from model.kernels.experts import kernel as experts_kernel
 from model.kernels.experts import launch as experts_launch
+from model.kernels.experts_few import kernel as few_kernel
+from model.kernels.experts_few import launch as few
 from model.kernels.lightning import hopper, kernel, launch
 from model.kernels.logprob import kernel as logprob_kernel
 from model.kernels.logprob import launch as logprob_launch
 from model.kernels.norm import kernel as norm
 from model.kernels.norm.launch import backward_shape, forward_shape
+from model.kernels.paged import kernel as paged_kernel
 from model.kernels.qkv import kernel as qkv
 from model.kernels.qkv import launch as qkv_launch
 from model.kernels.rotary import kernel as rotary
@@ -67,9 +70,10 @@ POINTERS = {
     ),
     "block": pointers(fp32="rstd partial cos sin"),
     "experts": pointers(
-        fp32="logits weights dweights dlogits", i32="counts sums position place ends",
+        fp32="logits weights dweights dlogits scale", i32="counts sums position place ends",
         i64="chosen",
     ),
+    "paged": pointers(fp32="out lse shares", i32="table", i64="index lengths"),
     "logprob": pointers(
         fp32="max sum slack picked logprobs entropy normaliser grad", i64="targets"
     ),
@@ -213,6 +217,20 @@ def experts(arch: int) -> Iterator[tuple]:
         shape = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BE": 32, "GROUP": 8}
         yield experts_kernel.experts_bwd_product, shape, tile.warps, tile.stages, "bf16"
 
+    sort = {"BP": 1024, "BE": 32}
+    yield few_kernel.experts_few_sort, sort, 8, 3, "bf16"
+    for places, has_scale in ((2, False), (64, True), (512, False)):
+        tile = few.choose_shape(places, 8, launch.torch.bfloat16)
+        shape = {"BM": tile.rows, "BK": tile.depth, "BE": 8, "PRECISION": "ieee"}
+        for function, columns in (
+            (few_kernel.experts_few_inner, tile.inner_columns),
+            (few_kernel.experts_few_outer, tile.outer_columns),
+        ):
+            wanted = {**shape, "BN": columns, "HAS_SCALE": has_scale}
+            if function is few_kernel.experts_few_inner:
+                wanted["K"] = 2
+            yield function, wanted, tile.warps, tile.stages, "bf16"
+
 
 def logprob(arch: int) -> Iterator[tuple]:
     tile, warps = logprob_launch.TILE, logprob_launch.LAUNCH["num_warps"]
@@ -222,7 +240,21 @@ def logprob(arch: int) -> Iterator[tuple]:
     yield logprob_kernel.logprob_bwd_slope, tile, warps, stages, "bf16"
 
 
-OPS = {"lightning": lightning, "block": block, "experts": experts, "logprob": logprob}
+def paged(arch: int) -> Iterator[tuple]:
+    for dtype, block in (("bf16", 64), ("fp32", 32)):
+        shape = {"H": 16, "G": 4, "D": 128, "BH": 16, "BD": 128, "BN": block, "SHARES": 8}
+        options = {"HAS_WINDOW": dtype == "fp32", "PRECISION": "ieee"}
+        yield paged_kernel.paged_share, {**shape, **options}, 4, 2, dtype
+    yield paged_kernel.paged_merge, {"D": 128, "BD": 128, "SHARES": 8}, 1, 3, "bf16"
+
+
+OPS = {
+    "paged": paged,
+    "lightning": lightning,
+    "block": block,
+    "experts": experts,
+    "logprob": logprob,
+}
 
 
 def main(arch: int, *names: str) -> None:

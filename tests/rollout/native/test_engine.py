@@ -8,30 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import HybridForCausalLM, Packed, preset
+from model import HybridForCausalLM, Packed
 from rollout.native.engine import NativeEngine
 from rollout.sync import checksums, weights
 from rollout.types import Completion, Request, Sampling
 from tests.helpers import assert_close
-
-VOCABULARY = 64
-
-
-def make_model(seed: int = 0, layers: int = 3) -> HybridForCausalLM:
-    torch.manual_seed(seed)
-    config = preset(
-        "tiny",
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        head_dim=16,
-        rotary_dim=8,
-        layer_types=["linear_attention", "full_attention", "linear_attention"][:layers],
-        # larger than the usual 0.02, so that the distributions are far from uniform
-        initializer_range=0.3,
-    )
-    return HybridForCausalLM(config)
+from tests.rollout.native.setting import VOCABULARY, make_model
 
 
 @pytest.fixture(scope="module")

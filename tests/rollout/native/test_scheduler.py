@@ -1,4 +1,4 @@
-"""Admission: order, limits, and that everything reserved comes back."""
+"""Admission: order, limits, and that everything taken comes back."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.native.scheduler import Limits, Sample, Scheduler, demand
+from model import DecodeCache, Packed, preset
+from rollout.native.prefix import Prefixes
+from rollout.native.scheduler import Limits, Piece, Scheduler
+from rollout.native.sequence import Sample
 from rollout.types import Request, Sampling
+
+CONFIG = preset("tiny", num_hidden_layers=1, hidden_size=4, num_attention_heads=1, head_dim=2,
+                num_key_value_heads=1, rotary_dim=2)  # fmt: skip
+NONE = Prefixes(0, 8)
 
 
 def request(name: str, prompt: int, new: int, samples: int = 1) -> Request:
@@ -18,49 +25,113 @@ def names(samples: list[Sample]) -> list[tuple[str, int]]:
     return [(sample.group.request.request_id, sample.index) for sample in samples]
 
 
+class Run:
+    """A scheduler and a cache whose model does nothing."""
+
+    def __init__(self, requests: list[Request], limits: Limits) -> None:
+        self.plan = Scheduler(limits)
+        for each in requests:
+            self.plan.add(each)
+        self.cache = DecodeCache(
+            CONFIG,
+            num_slots=limits.num_slots,
+            num_pages=limits.num_pages,
+            page_tokens=limits.page_tokens,
+        )
+
+    def feed(self, slot: int, tokens: int) -> None:
+        held = self.cache.lengths[slot]
+        one = Packed.from_sequences([[0] * tokens])
+        step = self.cache.begin((slot,), Packed(one.tokens, one.positions + held, one.lengths))
+        step.end()
+
+    def admit(self) -> tuple[list[Piece], list[Sample]]:
+        pieces, started = self.plan.admit(self.cache, NONE)
+        for piece in pieces:
+            self.feed(piece.group.root, piece.end - piece.begin)
+        for sample in started:
+            group = sample.group
+            is_last = sample.index == group.request.num_samples - 1
+            sample.slot = group.root if is_last else self.cache.fork(group.root)
+            sample.tokens.append(0)
+            if is_last:
+                group.root = -1
+            self.plan.live.append(sample)
+        return pieces, started
+
+    def decode(self) -> list[Sample]:
+        """One token each; those that reached their limit."""
+        self.plan.make_room(self.cache, NONE)
+        for sample in self.plan.live:
+            self.feed(sample.slot, 1)
+            sample.tokens.append(0)
+        limit = {s: s.group.request.sampling.max_new_tokens for s in self.plan.live}
+        return [sample for sample in self.plan.live if len(sample.tokens) >= limit[sample]]
+
+
 def test_groups_start_in_order_and_the_rest_waits():
-    plan = Scheduler([request("a", 3, 4, 2), request("b", 3, 4, 2)], Limits(3, 100, 8))
-    first = plan.admit()
-    # one slot is free, but b's parked prompt would need a second one for its first sample
+    run = Run([request("a", 3, 4, 2), request("b", 3, 4, 2)], Limits(3, 100, 8))
+    _, first = run.admit()
     assert names(first) == [("a", 0), ("a", 1)]
-    assert plan.admit() == []
-    plan.end(first[:1])
-    assert names(plan.admit()) == [("b", 0), ("b", 1)]
-    assert not plan.waiting
+    # b's prompt took the third slot, and its samples wait for another
+    assert run.plan.waiting[0].root >= 0
+    run.plan.end(first[:1], run.cache)
+    assert names(run.admit()[1]) == [("b", 0), ("b", 1)]
+    assert not run.plan.waiting
 
 
 def test_a_group_larger_than_the_slots_starts_in_parts_beside_its_parked_prompt():
-    plan = Scheduler([request("a", 3, 4, 5)], Limits(3, 100, 8))
-    first = plan.admit()
+    run = Run([request("a", 3, 4, 5)], Limits(3, 100, 8))
+    _, first = run.admit()
     assert names(first) == [("a", 0), ("a", 1)]
-    plan.end(first[:1])
-    second = plan.admit()
+    run.plan.end(first[:1], run.cache)
+    _, second = run.admit()
     assert names(second) == [("a", 2)]
-    plan.end(first[1:] + second)
+    run.plan.end(first[1:] + second, run.cache)
     # two slots are free, and the last sample takes over the prompt's
-    assert names(plan.admit()) == [("a", 3), ("a", 4)]
-    assert not plan.waiting
+    assert names(run.admit()[1]) == [("a", 3), ("a", 4)]
+    assert not run.plan.waiting
 
 
 def test_freed_slots_are_collected_so_that_prompts_are_prefilled_together():
-    plan = Scheduler([request("a", 3, 4) for _ in range(40)], Limits(32, 400, 8))
-    live = plan.admit()
+    run = Run([request("a", 3, 4) for _ in range(40)], Limits(32, 400, 8))
+    _, live = run.admit()
     assert len(live) == 32
-    plan.end(live[:3])
-    assert plan.admit() == []
-    plan.end(live[3:4])
-    assert len(plan.admit()) == 4
+    run.plan.end(live[:3], run.cache)
+    assert run.admit() == ([], [])
+    run.plan.end(live[3:4], run.cache)
+    assert len(run.admit()[1]) == 4
 
 
-def test_pages_limit_as_slots_do():
-    # 20 prompt tokens: 2 shared pages of 8; 20 + 9 - 1 tokens: 2 pages of its own for each sample
-    assert demand(request("a", 20, 9), 8) == (2, 2, 1)
-    plan = Scheduler([request("a", 20, 9, 4)], Limits(100, 7, 8))
-    first = plan.admit()
-    # 3 for the parked prompt and 2 a sample; a third does not fit into the 7
-    assert names(first) == [("a", 0), ("a", 1)]
-    plan.end(first)
-    assert names(plan.admit()) == [("a", 2), ("a", 3)]
+def test_prompts_are_cut_at_fixed_places_and_the_budget_holds_a_turn():
+    limits = Limits(9, 100, 8, prefill_tokens=20, chunk_tokens=16)
+    run = Run([request("a", 10, 2), request("b", 40, 2), request("c", 5, 2)], limits)
+
+    def cuts() -> list[tuple[str, int, int]]:
+        return [(p.group.request.request_id, p.begin, p.end) for p in run.admit()[0]]
+
+    assert cuts() == [("a", 0, 10)]
+    assert cuts() == [("b", 0, 16)]
+    assert cuts() == [("b", 16, 32)]
+    assert cuts() == [("b", 32, 40), ("c", 0, 5)]
+
+
+def test_the_youngest_pauses_when_pages_run_out_and_comes_back_first():
+    run = Run([request("a", 7, 9), request("b", 7, 9), request("c", 7, 9)], Limits(9, 3, 8))
+    _, first = run.admit()
+    assert names(first) == [("a", 0), ("b", 0), ("c", 0)]
+    run.decode()
+    run.plan.end(first[2:], run.cache)
+    # a and b need a second page each, and c left one
+    run.decode()
+    assert names(run.plan.swapped) == [("b", 0)]
+    assert run.plan.swapped[0].saved is not None
+    assert run.plan.num_in_flight == 2
+    run.plan.add(request("d", 7, 9))
+    assert run.admit() == ([], [])
+    run.plan.end(first[:1], run.cache)
+    assert names(run.admit()[1]) == [("d", 0)]
+    assert names(run.plan.live) == [("b", 0), ("d", 0)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,18 +147,32 @@ def test_pages_limit_as_slots_do():
 )
 def test_every_sample_runs_once_and_nothing_is_lost(shapes, slots, pages, random):
     requests = [request(str(i), *shape) for i, shape in enumerate(shapes)]
-    plan = Scheduler(requests, Limits(slots, pages, 4))
+    run = Run(requests, Limits(slots, pages, 4, prefill_tokens=12, chunk_tokens=8))
     seen = []
-    while plan.waiting or plan.live:
-        seen += names(plan.admit())
-        assert plan.live, "a scheduler with work must have something to run"
-        parked = bool(plan.waiting and plan.waiting[0].num_started)
-        assert len(plan.live) + parked <= slots
-        assert plan.free_pages >= 0
-        plan.end(random.sample(plan.live, random.randint(1, len(plan.live))))
-    assert seen == [(str(i), k) for i, (_, _, n) in enumerate(shapes) for k in range(n)]
-    assert plan.free_slots == plan.limits.num_slots
-    assert plan.free_pages == plan.limits.num_pages
+    for _ in range(10_000):
+        if not run.plan.num_in_flight:
+            break
+        seen += names(run.admit()[1])
+        ended = [
+            s for s in run.plan.live if len(s.tokens) >= s.group.request.sampling.max_new_tokens
+        ]
+        run.plan.end(ended, run.cache)
+        ended = run.decode() + random.sample(
+            run.plan.live, int(random.random() < 0.1 and bool(run.plan.live))
+        )
+        run.plan.end(list(dict.fromkeys(ended)), run.cache)
+        if random.random() < 0.05 and run.plan.groups:
+            group = random.choice(list(run.plan.groups.values()))
+            seen += names([s for s in run.plan.cancel(group, run.cache) if not s.tokens])
+    assert sorted(seen) == [
+        (str(i), k)
+        for i, k in sorted(
+            ((i, k) for i, (_, _, n) in enumerate(shapes) for k in range(n)),
+            key=lambda x: (str(x[0]), x[1]),
+        )
+    ]
+    assert run.cache.num_free_slots == slots
+    assert run.cache.num_free_pages == pages
 
 
 @pytest.mark.parametrize(
@@ -108,7 +193,10 @@ def test_every_sample_runs_once_and_nothing_is_lost(shapes, slots, pages, random
     ],
 )
 def test_a_request_that_can_never_run_is_refused_in_one_line(bad: Request, message: str):
+    plan = Scheduler(Limits(1, 8, 8))
+    plan.add(request("ok", 3, 4))
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
-        Scheduler([request("ok", 3, 4), bad], Limits(1, 8, 8))
+        plan.add(bad)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert plan.num_in_flight == 1

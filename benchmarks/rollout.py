@@ -1,0 +1,216 @@
+"""Rollout of a preset on one GPU: the native engine beside transformers' `generate` and vLLM.
+
+Run: python -m benchmarks.rollout [--batches 1 32 256] [--profile 32] [--parts exact speed]
+
+Random bf16 weights, random prompts, temperature 1, no stop token: 512 tokens in, 256 out. "tok/s"
+is tokens out over the time on the wall of one `generate`, prefill included; "step" is a decode step
+by the same clock, without prefill. The floor of a step is the bytes that must move (weights of the
+experts that random routing meets and all other weights once, states read and written, keys and
+values read) over what a copy on the device reaches. Exactness: log-probabilities of the engine
+against one full packed forward in bf16, both against the same weights in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.kernels import DEVICE, say
+from benchmarks.train_step import build, their_model
+from model import HybridConfig, HybridForCausalLM, Packed
+from model.config import PRESETS, count_parameters, preset
+from rollout.native.engine import NativeEngine
+from rollout.types import Completion, Request, Sampling
+
+BYTES_A_SECOND = 4.2e12
+PROMPT, NEW = 512, 256
+
+
+def requests_of(
+    number: int, prompt: int, new: int, *, samples: int = 1, seed: int = 0
+) -> list[Request]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Request(
+            f"{seed}-{i}",
+            tuple(torch.randint(32_000, (prompt,), generator=generator).tolist()),
+            Sampling(max_new_tokens=new, seed=i),
+            num_samples=samples,
+        )
+        for i in range(number)
+    ]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def floor_ms(config: HybridConfig, batch: int, tokens: float, expert_bytes: float = 2) -> float:
+    """Least time of a decode step at `tokens` held by each of `batch` samples."""
+    count = count_parameters(config)
+    experts = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+    others = count.total - experts * config.num_local_experts - count.embeddings // 2
+    share = 1 - config.num_experts_per_tok / config.num_local_experts
+    met = config.num_local_experts * (1 - share**batch)
+    heads, size = config.num_attention_heads, config.head_dim
+    lightning = config.layer_types.count("linear_attention")
+    states = 2 * 4 * lightning * heads * size * size
+    keys = 2 * 2 * (config.num_hidden_layers - lightning) * config.num_key_value_heads * size
+    total = 2 * others + expert_bytes * experts * met + batch * (states + keys * tokens)
+    return total / BYTES_A_SECOND * 1e3
+
+
+def collect(engine: NativeEngine, requests: list[Request], done: list[Completion]) -> None:
+    done += engine.generate(requests)
+
+
+def speed(model: HybridForCausalLM, batches: Sequence[int], repeats: int) -> None:
+    say(f"{'batch':>6} {'tok/s':>8} {'decode':>8} {'step ms':>8} {'floor':>6} {'prefill ms':>11}")
+    for batch in batches:
+        # room to spare: a cache that fits exactly holds the last prompts back (`scheduler.admit`)
+        engine = NativeEngine(model, max_slots=batch, max_cache_tokens=batch * (PROMPT + 2 * NEW))
+        # as many turns as all prefills take, so that every size of batch is captured
+        engine.generate(requests_of(batch, PROMPT, 24, seed=99))
+        found = []
+        for repeat in range(repeats):
+            requests = requests_of(batch, PROMPT, NEW, seed=repeat)
+            done: list[Completion] = []
+            total = seconds(partial(collect, engine, requests, done))
+            assert sum(len(one.tokens) for one in done) == batch * NEW
+            # of the last to start: from its first token all rows decode
+            decode = min(one.timings.decode_s for one in done if one.timings is not None)
+            found.append((total, decode))
+        total, decode = (statistics.median(times) for times in zip(*found, strict=True))
+        step = decode / (NEW - 1) * 1e3
+        floor = floor_ms(model.config, batch, PROMPT + NEW / 2)
+        say(
+            f"{batch:6d} {batch * NEW / total:8.0f} {batch / step * 1e3:8.0f} {step:8.3f} "
+            f"{floor:6.3f} {(total - decode) * 1e3:11.1f}"
+        )
+        engine.close()
+
+
+def profiled(model: HybridForCausalLM, batch: int) -> None:
+    """The kernels of eight decode steps."""
+    engine = NativeEngine(model, max_slots=batch, max_cache_tokens=batch * (PROMPT + 64))
+    engine.generate(requests_of(batch, PROMPT, 4, seed=99))
+    for request in requests_of(batch, PROMPT, 40):
+        engine.submit(request)
+    while engine.stats.num_live < batch:
+        engine.step()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        took = seconds(lambda: [engine.step() for _ in range(8)])
+    table = found.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=28, max_name_column_width=60
+    )
+    say(f"batch {batch}: 8 steps, {took / 8 * 1e3:.3f} ms each on the wall\n{table}")
+    engine.close()
+
+
+def prefill(model: HybridForCausalLM) -> None:
+    """One prompt of 65,536 tokens; a group of 16 with 8,192 against 16 prompts of 8,192."""
+    engine = NativeEngine(model, max_slots=17, max_cache_tokens=17 * 8320, prefill_tokens=65_536)
+    for new, (name, number, length, samples) in (
+        (1, ("65,536 tokens", 1, 65_536, 1)),
+        (2, ("group of 16, 8,192 tokens", 1, 8192, 16)),
+        (2, ("16 prompts of 8,192 tokens", 16, 8192, 1)),
+    ):
+        times = []
+        for seed in range(4):
+            given = requests_of(number, length, new, samples=samples, seed=seed)
+            times.append(seconds(lambda given=given: engine.generate(given)))
+        say(f"prefill {name}: {statistics.median(times[1:]) * 1e3:.1f} ms")
+    engine.close()
+
+
+@torch.no_grad()
+def exactness(model: HybridForCausalLM, **options: object) -> None:
+    """RMS and largest difference in nats."""
+    engine = NativeEngine(model, max_slots=24, max_cache_tokens=24 * 2048, **options)
+    requests = [*requests_of(8, 300, 100, samples=2), *requests_of(4, 1500, 60, seed=1)]
+    done = engine.generate(requests)
+    engine.close()
+
+    def full() -> torch.Tensor:
+        rows = []
+        for one in done:
+            packed = Packed.from_sequences([one.prompt + one.tokens], device=DEVICE)
+            hidden = model.model.run(packed).hidden[len(one.prompt) - 1 : -1]
+            targets = torch.tensor(one.tokens, device=DEVICE)[:, None]
+            rows.append(model.logits(hidden).float().log_softmax(-1).gather(-1, targets)[:, 0])
+        return torch.cat(rows)
+
+    found = torch.tensor([x for one in done for x in one.logprobs], device=DEVICE)
+    dtype, forward = model.dtype, full()
+    model.float()
+    exact = full()
+    model.to(dtype)
+    for name, a, b in (
+        ("engine - forward", found, forward),
+        ("engine - fp32", found, exact),
+        ("forward - fp32", forward, exact),
+    ):
+        gap = (a - b).abs()
+        say(f"{name}: rms {gap.square().mean().sqrt():.2e}, largest {gap.max():.2e} nats")
+
+
+def transformers_speed(config: HybridConfig, batches: Sequence[int], new: int) -> None:
+    peer = their_model(config).eval()
+    for batch in batches:
+        prompts = torch.randint(32_000, (batch, PROMPT), device=DEVICE)
+
+        def run(tokens: int, prompts: torch.Tensor = prompts) -> None:
+            peer.generate(
+                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=tokens,
+                min_new_tokens=tokens, do_sample=True, top_k=0, eos_token_id=None,
+            )  # fmt: skip
+
+        run(4)
+        short, long = seconds(lambda: run(4)), seconds(lambda: run(new))
+        step = (long - short) / (new - 4)
+        whole = long + step * (NEW - new)
+        say(f"transformers generate, batch {batch}: {batch * NEW / whole:.0f} tok/s, step "
+            f"{step * 1e3:.1f} ms (from {new} tokens)")  # fmt: skip
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--preset", default="base", choices=PRESETS)
+    arguments.add_argument("--batches", type=int, nargs="*", default=[1, 32, 256])
+    arguments.add_argument("--repeats", type=int, default=2)
+    arguments.add_argument("--profile", type=int, nargs="*", default=[])
+    arguments.add_argument(
+        "--parts", nargs="*", default=["exact", "speed", "prefill", "transformers"]
+    )
+    given = arguments.parse_args()
+    config = preset(given.preset)
+    model = build(HybridForCausalLM, config).eval()
+    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    if "exact" in given.parts:
+        exactness(model)
+    if "speed" in given.parts:
+        speed(model, given.batches, given.repeats)
+    for batch in given.profile:
+        profiled(model, batch)
+    if "prefill" in given.parts:
+        prefill(model)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    if "transformers" in given.parts:
+        transformers_speed(config, [b for b in given.batches if b <= 32], 36)
+
+
+if __name__ == "__main__":
+    main()

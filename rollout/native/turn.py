@@ -1,0 +1,185 @@
+"""The device's part of a turn: pieces of prompts through the model, one token of every live sample,
+and what is drawn from the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from model import DecodeCache, HybridForCausalLM, Packed
+from model.kernels.experts.blocks import least_rows
+from model.packed import sent
+from rollout.native.batch import Batch, Flags, Out, chosen_experts
+from rollout.native.graphs import Graphs, bucket, fingerprint
+from rollout.native.int8 import int8_experts
+from rollout.native.prefix import Prefixes
+from rollout.native.sampler import Knobs, draw, refuse_broken
+from rollout.native.scheduler import Piece
+from rollout.native.sequence import Sample
+
+
+class Runner:
+    """A model, its cache, and one slot that takes what rows beyond the samples write.
+
+    On a CPU every prompt goes alone and a decode batch has at least as many rows as make a row's
+    bits its own (`least_rows`), so that the numbers of a request depend on nothing else. On CUDA
+    prompts go together, and decode steps are graphs.
+
+    Args:
+        uses_graphs: whether decode steps are captured; only on CUDA.
+        rounds_experts: whether the experts are int8.
+    """
+
+    def __init__(
+        self,
+        model: HybridForCausalLM,
+        cache: DecodeCache,
+        *,
+        uses_graphs: bool,
+        rounds_experts: bool,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.device = model.device
+        self.filler = cache.allocate()
+        cache.fill(self.filler)
+        cache.begin_decode([self.filler])
+        self._batches: dict[int, Batch] = {}
+        self._loaded: Batch | None = None
+        self._uses_graphs = uses_graphs
+        self._graphs = Graphs()
+        self._captured_for: tuple[object, ...] = ()
+        self.rounded = int8_experts(model) if rounds_experts else []
+
+    def begin(self) -> None:
+        """Looks at the model again, after a time in which its owner may have changed it."""
+        for one in self.rounded:
+            one.refresh()
+        if self._uses_graphs and (found := fingerprint(self.model)) != self._captured_for:
+            self._graphs, self._captured_for = Graphs(), found
+
+    def prefill(self, pieces: Sequence[Piece], prefixes: Prefixes, budget: int) -> None:
+        """Fills each group's root and notes the logits after its last prompt token."""
+        for run in runs_of(pieces, 1 if self.device.type == "cpu" else budget):
+            tokens = torch.cat([p.group.tokens[p.begin : p.end] for p in run])
+            positions = torch.cat([torch.arange(p.begin, p.end) for p in run])
+            lengths = tuple(p.end - p.begin for p in run)
+            packed = Packed(
+                sent(tokens, self.device),
+                sent(positions, self.device),
+                lengths,
+            )
+            out = self.model.model.run(
+                packed, cache=self.cache, slots=tuple(p.group.root for p in run)
+            )
+            self._note(run, out.hidden, packed)
+            if any(p.group.request.return_experts for p in run):
+                top_k = self.model.config.num_experts_per_tok
+                experts = chosen_experts(out.router_logits, top_k).cpu().split(lengths)
+                for piece, rows in zip(run, experts, strict=True):
+                    if piece.group.request.return_experts:
+                        piece.group.experts.append(rows)
+            for piece in run:
+                prefixes.put(piece.group, piece.end, self.cache)
+
+    def first_tokens(self, started: Sequence[Sample]) -> list[list[float]]:
+        """As `decode`, from the logits that a group shares."""
+        rows = []
+        for sample in started:
+            assert sample.group.logits is not None, "a sample starts after its prompt's prefill"
+            rows.append(sample.group.logits)
+        knobs = Knobs.of(
+            [(sample.group.request.sampling, sample.index) for sample in started],
+            device=self.device,
+        )
+        first = torch.zeros(len(started), dtype=torch.int64, device=self.device)
+        drawn = draw(torch.stack(rows).float(), knobs, first)
+        numbers = (drawn.tokens, drawn.logprobs, drawn.filtered_logprobs, drawn.kept_mass)
+        return _columns(torch.stack([number.double() for number in numbers]))
+
+    def decode(self, live: Sequence[Sample]) -> list[list[float]]:
+        """One token of every live sample: token, logprob, filtered logprob, kept mass, a column
+        each."""
+        slots = [sample.slot for sample in live]
+        self.cache.begin_decode(slots)
+        out = self._step(live)
+        self.cache.count(slots)
+        if out.experts is not None:
+            for sample, row in zip(live, out.experts[: len(live)].cpu(), strict=True):
+                if sample.group.request.return_experts:
+                    sample.experts.append(row[None])
+        return _columns(out.columns[:, : len(live)])
+
+    def _step(self, live: Sequence[Sample]) -> Out:
+        rows = bucket(len(live)) if self._uses_graphs else max(len(live), least_rows(self._probe))
+        if rows not in self._batches:
+            self._batches[rows] = Batch(self.model, self.cache, filler=self.filler, rows=rows)
+        batch = self._batches[rows]
+        if self._loaded is not batch or batch.live != live or not self._is_captured(batch):
+            batch.flags = Flags.of(live)
+            if not self._is_captured(batch):
+                # a capture's runs before it write where nobody reads
+                batch.fill([])
+                self._graphs.capture((rows, batch.flags), batch.step)
+            batch.fill(live)
+            self._loaded = batch
+        return self._graphs.replay((rows, batch.flags)) if self._uses_graphs else batch.step()
+
+    def _is_captured(self, batch: Batch) -> bool:
+        return not self._uses_graphs or (batch.rows, batch.flags) in self._graphs
+
+    @property
+    def _probe(self) -> Tensor:
+        return self.cache.states
+
+    def _note(self, run: Sequence[Piece], hidden: Tensor, packed: Packed) -> None:
+        ends = [i for i, p in enumerate(run) if p.end == len(p.group.request.prompt)]
+        if not ends:
+            return
+        last, total = [], 0
+        for i, length in enumerate(packed.lengths):
+            total += length
+            if i in ends:
+                last.append(total - 1)
+        rows = hidden.index_select(0, sent(torch.tensor(last), self.device))
+        for i, logits in zip(ends, self.model.logits(rows), strict=True):
+            run[i].group.logits = logits
+
+
+def _columns(numbers: Tensor) -> list[list[float]]:
+    columns = numbers.tolist()
+    refuse_broken(columns[1])
+    return columns
+
+
+def runs_of(pieces: Sequence[Piece], budget: int) -> Iterator[list[Piece]]:
+    """The pieces of each forward, in order, at most `budget` tokens unless it is one piece.
+
+    Two pieces of one prompt never share a forward.
+    """
+    run: list[Piece] = []
+    room = budget
+    for piece in pieces:
+        size = piece.end - piece.begin
+        if run and (size > room or run[-1].group is piece.group):
+            yield run
+            run, room = [], budget
+        run.append(piece)
+        room -= size
+    if run:
+        yield run
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
