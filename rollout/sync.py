@@ -206,7 +206,7 @@ def difference(
     earlier: Mapping[str, str] | None = None,
     base: Mapping[str, str] | None = None,
 ) -> str:
-    """Names the first tensor that is not what was sent, and what it looks like; "" if there is none.
+    """Names the first tensor that is not what was sent, and what it looks like; "" if none.
 
     Args:
         sent, held: `checksums` of the trainer's stream and of the engine's weights.
