@@ -191,6 +191,7 @@ def answer(
     *,
     sampling: Sampling,
     num_samples: int,
+    return_experts: bool = False,
     tokenizer: PreTrainedTokenizerBase,
     scorer: Scorer,
 ) -> list[Group]:
@@ -199,6 +200,7 @@ def answer(
     Args:
         prompts: each with the seed of its samples.
         sampling: of all; its seed is not used.
+        return_experts: whether completions carry the experts of their tokens.
     """
     requests = [
         Request(
@@ -206,6 +208,7 @@ def answer(
             prompt=prompt.tokens,
             sampling=dataclasses.replace(sampling, seed=seed),
             num_samples=num_samples,
+            return_experts=return_experts,
         )
         for prompt, seed in prompts
     ]

@@ -31,6 +31,7 @@ from align.data.batch import Batch, Example
 from align.data.packing import pack
 from align.data.sources import DataConfig
 from align.experience import describe, examples_of
+from align.ledger import entries
 from align.loop import TrainConfig
 from align.losses.policy import PolicyLossConfig, policy_count, policy_loss
 from align.losses.types import Loss
@@ -74,6 +75,9 @@ class GrpoConfig(TrainConfig):
     """Groups of equal scores: kept, they count in the means; left out, they cost no training."""
     behaviour: Literal["trainer", "engine"] = "trainer"
     """Whose log-probabilities the ratio is taken to; trainer makes the first ratio exactly 1."""
+    experts: Literal["router", "record", "replay"] = "router"
+    """Whose choice of experts is trained: the router's; the same, with the engine's recorded to
+    measure how often they agree; or the engine's, replayed and weighed by the router."""
     max_concurrent: int = Field(default=256, ge=1)
     """Responses decoded at once by one process; bounds memory, never changes a result."""
 
@@ -170,11 +174,22 @@ class GrpoCourse:
         behaviour = batch.behaviour_logprobs
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
         maxima: dict[str, Tensor] = {}
+        ledger: Tensor | None = None
         if self.is_on_policy:
             # Before any bound: how far the engine's numbers are from the trainer's.
             gap = ((out.logprobs.detach() - behaviour) * batch.weights).abs()
             metrics["engine/gap"] = (gap.sum(), batch.weights.sum())
             maxima["engine/gap_max"] = gap.max()
+            ledger = entries(
+                out.logprobs,
+                behaviour,
+                advantages=_given(batch.advantages),
+                weights=batch.weights,
+                lengths=batch.packed.lengths,
+                config=self.config.loss,
+                experts=batch.experts,
+                router_logits=out.router_logits,
+            )
             if self.config.behaviour == "trainer":
                 # The same numbers, so the ratio is 1 to the last bit.
                 behaviour = out.logprobs.detach()
@@ -189,13 +204,21 @@ class GrpoCourse:
             entropy=out.entropy,
             aux=out.aux_loss,
         )
-        return replace(loss, metrics={**loss.metrics, **metrics}, maxima={**loss.maxima, **maxima})
+        return replace(
+            loss,
+            metrics={**loss.metrics, **metrics},
+            maxima={**loss.maxima, **maxima},
+            ledger=ledger,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Experience that still waits for its step, as plain values."""
         return {
             "waiting": [
-                [(e.tokens, e.weights, e.place, e.behaviour_logprobs, e.advantages) for e in later]
+                [
+                    (e.tokens, e.weights, e.place, e.behaviour_logprobs, e.advantages, e.experts)
+                    for e in later
+                ]
                 for later in self.waiting
             ]
         }
@@ -224,6 +247,7 @@ class GrpoCourse:
                 stop_token_ids=(end_of_turn(self.tools.tokenizer),),
             ),
             num_samples=config.group_size,
+            return_experts=config.experts != "router",
             tokenizer=self.tools.tokenizer,
             scorer=self.tools.scorer,
         )
@@ -295,6 +319,7 @@ class GrpoCourse:
             targets=batch.targets,
             temperature=self.config.temperature,
             with_entropy=True,
+            experts=batch.experts if self.config.experts == "replay" else None,
         )
 
     @torch.no_grad()
