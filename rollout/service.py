@@ -6,6 +6,7 @@
     POST /v1/completions       OpenAI's, streamed or whole; token ids in and out
     POST /v1/chat/completions  the same of a conversation
     POST /v1/generate          a trainer's request: exact numbers, answered once however often asked
+    DELETE /v1/generate/ID     ends it
     GET  /v1/weights           what is held, a checksum a tensor
     POST /v1/weights           new weights or a new adapter, proven before they are used
 
@@ -29,7 +30,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
-from rollout.serving.answers import Answers, ReusedIdError
+from rollout.serving.answers import Answers, ReusedIdError, WithdrawnError
 from rollout.serving.door import Door, error_body
 from rollout.serving.openai import Answer
 from rollout.serving.worker import RefusedError, Worker
@@ -159,7 +160,15 @@ def _add_trainers(app: FastAPI, worker: Worker) -> None:
             made = await _while_asked(request, answers.once(asked.id, body, make))
         except ReusedIdError as error:
             raise RefusedError(409, "reused_id", str(error)) from error
+        except WithdrawnError as error:
+            raise RefusedError(409, "withdrawn", str(error)) from error
         return Response(made, media_type=JSON)
+
+    @app.delete("/v1/generate/{key}")
+    async def withdraw(key: str) -> Response:
+        """Ends a request that nobody wants any more; its slots are free at once."""
+        answers.withdraw(key)
+        return Response(status_code=204)
 
     @app.get("/v1/weights")
     async def weights() -> Response:

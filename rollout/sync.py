@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
+import peft
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -84,6 +85,19 @@ def base_weights(
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors of a model's adapters by peft's names inside the base; none without one."""
     return {n: tensor for n, tensor in _plain(model).state_dict().items() if is_adapter(n)}
+
+
+def adapter_config(model: PeftModel) -> dict[str, Any]:
+    """What peft has to be told to put the same adapter into another model, as JSON values."""
+    default = peft.LoraConfig().to_dict()
+    # of where it was trained, not of what it is
+    local = ("base_model_name_or_path", "task_type", "inference_mode")
+    told = model.peft_config[model.active_adapter].to_dict()
+    return {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in sorted(told.items())
+        if name not in local and value != default.get(name)
+    }
 
 
 def is_adapter(name: str) -> bool:

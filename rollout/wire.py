@@ -164,8 +164,6 @@ class WeightsTold(_Strict):
     version: int
     holds: Literal["weights", "adapter"]
     """All weights of one kind, or the base that it opened and an adapter."""
-    dtype: str
-    """Type of the weights, such as float32: what a trainer rounds to before it sends."""
     checksums: dict[str, str]
     """As `rollout.sync.checksums` of the live tensors; with an adapter, of base and adapter."""
 
@@ -176,6 +174,8 @@ class Health(_Strict):
     status: Literal["ok", "broken"]
     model: str
     policy_version: int
+    dtype: str
+    """Type of the weights, such as float32: what a trainer rounds to before it sends."""
     num_samples: int
     """Queued or live."""
     max_samples: int

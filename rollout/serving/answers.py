@@ -22,6 +22,10 @@ class ReusedIdError(ValueError):
     """The id was another request's."""
 
 
+class WithdrawnError(RuntimeError):
+    """The answer is not wanted any more."""
+
+
 class Answers:
     """The latest answers by id.
 
@@ -44,6 +48,7 @@ class Answers:
 
         Raises:
             ReusedIdError: if the key came with another body.
+            WithdrawnError: if it was withdrawn meanwhile.
         """
         digest = hashlib.sha256(body).digest()
         kept = self._kept.get(key)
@@ -55,11 +60,22 @@ class Answers:
         kept.num_askers += 1
         try:
             return await asyncio.shield(kept.task)
+        except asyncio.CancelledError:
+            # of the answer, not of this asker
+            if kept.task.cancelled():
+                raise WithdrawnError(f"id {key!r} was withdrawn") from None
+            raise
         finally:
             kept.num_askers -= 1
             if not kept.num_askers and not kept.task.done():
                 loop = asyncio.get_running_loop()
                 loop.call_later(self._linger_s, self._forget, kept)
+
+    def withdraw(self, key: str) -> None:
+        """Stops making an answer; one that is made, or was never asked for, is left alone."""
+        kept = self._kept.get(key)
+        if kept is not None:
+            kept.task.cancel()
 
     def _forget(self, kept: _Kept) -> None:
         if not kept.num_askers:

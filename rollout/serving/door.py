@@ -75,7 +75,7 @@ class Door:
                 text = "wrong or missing key; send Authorization: Bearer KEY"
                 kind, code = "authentication_error", "invalid_api_key"
                 return 401, error_body(text, kind=kind, code=code)
-        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if scope["method"] in ("GET", "HEAD", "OPTIONS", "DELETE"):
             return None
         told = headers.get(b"content-length", b"")
         if not told.isdigit():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, PeftModel
 
 from rollout.canary import check_sums
@@ -33,13 +32,17 @@ class Holder:
     def version(self) -> int:
         return self._engine.policy_version
 
+    @property
+    def dtype(self) -> str:
+        """Type of the weights, such as float32."""
+        return str(self._engine.model.dtype).removeprefix("torch.")
+
     def told(self) -> WeightsTold:
         """What is held right now, read from the live tensors."""
         model = self._engine.model
         return WeightsTold(
             version=self.version,
             holds="weights" if self._adapter is None else "adapter",
-            dtype=str(model.dtype).removeprefix("torch."),
             checksums=checksums(parts(model)),
         )
 
@@ -107,15 +110,3 @@ class Holder:
                 f"the adapter's config is {told}, this worker's is {self._adapter}; start the "
                 "worker anew"
             )
-
-
-def weight_dtype(told: WeightsTold) -> torch.dtype:
-    """Type that a worker's weights have.
-
-    Raises:
-        ValueError: for a type that weights are not sent in.
-    """
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if told.dtype not in known:
-        raise ValueError(f"a worker holds {told.dtype}, expected one of {', '.join(known)}")
-    return known[told.dtype]

@@ -95,6 +95,7 @@ class Worker:
             status="broken" if self.holder.fault else "ok",
             model=self.settings.model,
             policy_version=self.holder.version,
+            dtype=self.holder.dtype,
             num_samples=self.driver.num_samples,
             max_samples=self.settings.max_samples,
         )

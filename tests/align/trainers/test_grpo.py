@@ -138,14 +138,14 @@ def test_later_steps_of_a_rollout_compare_with_the_policy_that_made_it(tmp_path:
 def test_a_rollout_is_sampled_once_and_carries_its_version(tmp_path: Path, monkeypatch: Any):
     made = course(config(updates_per_rollout=2, max_steps=3), small.job(tmp_path), small.model())
     versions = []
-    generate = made.engine.generate
+    generate = made.source.engine.generate
 
     def counted(requests: Any) -> Any:
         done = generate(requests)
         versions.append({c.policy_version for c in done})
         return done
 
-    monkeypatch.setattr(made.engine, "generate", counted)
+    monkeypatch.setattr(made.source.engine, "generate", counted)
     sizes = [sum(len(b.places) for b in made.step(index).batches) for index in range(3)]
     assert versions == [{0}, {2}]
     # a response without a score is not trained on
