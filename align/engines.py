@@ -171,7 +171,7 @@ class WorkerSource:
                 self.remote.update_weights(self._weights(), version)
         score = trainer_score(self._policy, autocast=self._autocast)
         for view in self.remote.views():
-            self._canary.check(view, score, version=version, where=view.url)
+            self._canary.check(view, score, version=version, sums=view.sums, where=view.url)
 
     def _send_together(self, version: int) -> None:
         """The first process pushes and proves; the others help to gather, then hear of it."""

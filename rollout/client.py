@@ -16,20 +16,28 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import torch
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from rollout.calls import FIRST_WAIT_S, BusyError, Call, GoneError, Pushed, RemoteWorker
+from rollout.calls import (
+    CONNECT_S,
+    FIRST_WAIT_S,
+    BusyError,
+    Call,
+    GoneError,
+    Pushed,
+    RemoteWorker,
+    read_form,
+    refusal_of,
+)
 from rollout.canary import ProofError, check_sums
 from rollout.sync import Stream
 from rollout.transport import read_push, write_weights
 from rollout.types import Completion, Request
 from rollout.wire import (
-    ErrorResponse,
     GenerateRequest,
     GenerateResponse,
     Health,
@@ -38,10 +46,7 @@ from rollout.wire import (
 )
 
 LONGEST_WAIT_S = 5.0
-CONNECT_S = 5.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Form = TypeVar("Form", bound=BaseModel)
 
 
 class RemoteEngine:
@@ -231,10 +236,10 @@ class RemoteEngine:
 
     def _health(self, worker: RemoteWorker) -> Health | None:
         try:
-            answer = self._ask(worker, "GET", "/health", b"", CONNECT_S)
+            answer = worker.ask("GET", "/health", b"", CONNECT_S)
         except GoneError:
             return None
-        return _read(Health, answer, worker.url)
+        return read_form(Health, answer, worker.url)
 
     def _generate(
         self, requests: Sequence[Request], workers: Sequence[RemoteWorker]
@@ -243,10 +248,12 @@ class RemoteEngine:
             raise RuntimeError("the engine is closed; make a new one")
         call = Call(requests)
         self._calls.add(call)
+        # an even share to each: the first to answer must not take all of a short queue
+        share = min(self._num_connections, -(-len(requests) // len(workers)))
         threads = [
             threading.Thread(target=self._serve, args=(call, worker), daemon=True)
             for worker in workers
-            for _ in range(min(self._num_connections, len(requests)))
+            for _ in range(share)
         ]
         try:
             for thread in threads:
@@ -326,10 +333,10 @@ class RemoteEngine:
     def _push(self, worker: RemoteWorker, pushed: Pushed) -> None:
         asked = PushRequest(path=str(pushed.path), version=pushed.version)
         body = asked.model_dump_json().encode()
-        answer = self._ask(worker, "POST", "/v1/weights", body, self._stall_s)
+        answer = worker.ask("POST", "/v1/weights", body, self._stall_s)
         if answer.status_code != 200:
-            raise ProofError(f"{worker.url}: {_refusal(answer, worker.url)}")
-        told = _read(WeightsTold, answer, worker.url)
+            raise ProofError(f"{worker.url}: {refusal_of(answer, worker.url)}")
+        told = read_form(WeightsTold, answer, worker.url)
         if told.version != pushed.version:
             raise ProofError(
                 f"{worker.url}: holds version {told.version}, pushed was {pushed.version}; its "
@@ -337,20 +344,29 @@ class RemoteEngine:
             )
         check_sums(pushed.expected, told.checksums, version=pushed.version, where=worker.url)
 
+    def _sums(self, worker: RemoteWorker) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        if self._pushed is None:
+            raise RuntimeError(f"{worker.url}: nothing was pushed from here; ask who pushed")
+        try:
+            answer = worker.ask("GET", "/v1/weights", b"", self._stall_s)
+        except GoneError as error:
+            raise RuntimeError(str(error)) from error
+        return self._pushed.expected, read_form(WeightsTold, answer, worker.url).checksums
+
     def _samples(self, call: Call, index: int, worker: RemoteWorker) -> list[Completion]:
         request, key = call.requests[index], f"{call.key}-{index}"
         asked = GenerateRequest.of(request, key=key, policy_version=self.policy_version)
         body = asked.model_dump_json().encode()
-        answer = self._ask(worker, "POST", "/v1/generate", body, self._stall_s)
+        answer = worker.ask("POST", "/v1/generate", body, self._stall_s)
         if answer.status_code == 429:
             raise BusyError
         if answer.status_code != 200:
-            told = _refusal(answer, worker.url)
+            told = refusal_of(answer, worker.url)
             if answer.status_code == 400:
                 raise ValueError(f"{worker.url}: {told}")
             # stale, stopping or broken: it has to be brought back first
             raise GoneError(f"{worker.url}: {told}")
-        found = _read(GenerateResponse, answer, worker.url)
+        found = read_form(GenerateResponse, answer, worker.url)
         done = [one.to_completion() for one in found.completions]
         got = [(one.request_id, one.sample, one.prompt) for one in done]
         wanted = [(request.request_id, n, request.prompt) for n in range(request.num_samples)]
@@ -362,25 +378,9 @@ class RemoteEngine:
             )
         return done
 
-    def _ask(
-        self, worker: RemoteWorker, method: str, path: str, body: bytes, limit_s: float
-    ) -> httpx.Response:
-        try:
-            return worker.http.request(
-                method,
-                path,
-                content=body,
-                headers={"content-type": "application/json"},
-                timeout=httpx.Timeout(limit_s, connect=CONNECT_S),
-            )
-        except (httpx.TransportError, RuntimeError) as error:
-            # httpx raises RuntimeError where another thread has closed the client
-            worker.trouble = f"{worker.url}: {type(error).__name__}: {error}"
-            raise GoneError(worker.trouble) from error
-
     def _withdraw(self, worker: RemoteWorker, key: str) -> None:
         try:
-            self._ask(worker, "DELETE", f"/v1/generate/{key}", b"", CONNECT_S)
+            worker.ask("DELETE", f"/v1/generate/{key}", b"", CONNECT_S)
         except GoneError:
             # nothing runs on a worker that is gone
             return
@@ -402,6 +402,14 @@ class RemoteView:
         """As `RemoteEngine.generate`, of this worker alone."""
         return self._engine._generate(requests, [self._worker])
 
+    def sums(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Checksums of what was pushed, and of what the worker holds right now.
+
+        Raises:
+            RuntimeError: if the worker does not answer, or nothing was pushed.
+        """
+        return self._engine._sums(self._worker)
+
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Weights go to all workers together.
 
@@ -417,17 +425,3 @@ class RemoteView:
 def _in(dtype: torch.dtype, stream: Stream) -> Stream:
     for name, tensor in stream:
         yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _refusal(answer: httpx.Response, url: str) -> str:
-    return _read(ErrorResponse, answer, url).error.message
-
-
-def _read(form: type[Form], answer: httpx.Response, url: str) -> Form:
-    try:
-        return form.model_validate_json(answer.content)
-    except ValidationError as error:
-        raise RuntimeError(
-            f"{url}: status {answer.status_code} with something that is no {form.__name__}; is it "
-            "a rollout worker of this release?"
-        ) from error

@@ -77,3 +77,9 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
+
+
+def is_idle(live: Live) -> bool:
+    """Whether nothing is queued or in flight."""
+    driver = live.worker.driver
+    return driver.num_samples == driver.engine.num_in_flight == 0

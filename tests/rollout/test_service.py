@@ -11,7 +11,7 @@ import torch
 
 from model import Packed
 from tests.align import small
-from tests.rollout.live import MAX_TOKENS, TOKENIZER, Live, make_worker, served, wait_for
+from tests.rollout.live import MAX_TOKENS, TOKENIZER, Live, is_idle, make_worker, served, wait_for
 
 PROMPT = "the cat sat on"
 CHAT = [{"role": "user", "content": PROMPT}]
@@ -26,11 +26,6 @@ def live() -> Iterator[Live]:
 @pytest.fixture(scope="module")
 def client(live: Live) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
-
-
-def is_idle(live: Live) -> bool:
-    driver = live.worker.driver
-    return driver.num_samples == driver.engine.num_in_flight == 0
 
 
 def free_memory(live: Live) -> tuple[int, int]:
