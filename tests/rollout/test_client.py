@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ def test_workers_give_what_the_engine_gives(tmp_path: Path):
         engine.close()
         with pytest.raises(RuntimeError, match="the engine is closed"):
             engine.generate(requests())
+
+
+def test_experts_come_over_the_wire(tmp_path: Path):
+    asked = [replace(request, return_experts=True) for request in requests(2)]
+    with served(make_worker(small.model())) as live:
+        engine = RemoteEngine([live.url], tmp_path)
+        found, expected = engine.generate(asked), native(small.model()).generate(asked)
+        engine.close()
+    for one, other in zip(found, expected, strict=True):
+        assert one.experts.dtype == torch.int16
+        assert torch.equal(one.experts, other.experts)
+        assert one.timings.first_token_s > 0
 
 
 class Network(httpx.BaseTransport):
