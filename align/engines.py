@@ -8,7 +8,7 @@ step is made of it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -25,7 +25,7 @@ from rollout.canary import BOUNDS, Canary, trainer_score
 from rollout.client import RemoteEngine
 from rollout.native.engine import NativeEngine
 from rollout.sync import adapter_config, adapter_weights, checksums, parts, weights
-from rollout.types import Engine
+from rollout.types import Completion, Engine
 
 Policy = HybridForCausalLM | PeftModel
 
@@ -157,38 +157,66 @@ class WorkerSource:
         self._version = version
 
     def _send(self, version: int) -> None:
-        with torch.no_grad():
-            if self._config.push == "adapter":
-                assert isinstance(self._policy, PeftModel), "checked at the beginning"
-                dtype = self.remote.dtype
-                self.remote.update_adapter(
-                    adapter_weights(self._policy).items(),
-                    version,
-                    config=adapter_config(self._policy),
-                    expected=checksums(parts(self._policy, dtype=dtype)),
-                )
-            else:
-                self.remote.update_weights(self._weights(), version)
+        self._push(version)
         score = trainer_score(self._policy, autocast=self._autocast)
         for view in self.remote.views():
             self._canary.check(view, score, version=version, sums=view.sums, where=view.url)
 
+    @torch.no_grad()
+    def _push(self, version: int) -> None:
+        if self._config.push == "weights":
+            self.remote.update_weights(self._weights(), version)
+            return
+        assert isinstance(self._policy, PeftModel), "checked at the beginning"
+        self.remote.update_adapter(
+            adapter_weights(self._policy).items(),
+            version,
+            config=adapter_config(self._policy),
+            expected=checksums(parts(self._policy, dtype=self.remote.dtype)),
+        )
+
     def _send_together(self, version: int) -> None:
-        """The first process pushes and proves; the others help to gather, then hear of it."""
-        told: list[Any] = [""]
-        if self._job.accelerator.is_main_process:
-            try:
-                self._send(version)
-            except (RuntimeError, OSError, ValueError) as error:
-                told = [str(error)]
-        else:
+        """The first process pushes, asks and compares; all gather and score, as they train."""
+        is_first = self._job.accelerator.is_main_process
+        answers: list[tuple[str, list[Completion]]] = []
+
+        def push_and_ask() -> None:
+            self._push(version)
+            for view in self.remote.views():
+                done = self._canary.ask(view, version=version, where=view.url)
+                answers.append((view.url, done))
+
+        if not is_first and self._config.push == "weights":
             for _ in self._weights():
                 pass
+        self._first(push_and_ask)
+        told: list[Any] = [answers]
+        broadcast_object_list(told)
+        score = trainer_score(self._policy, autocast=self._autocast)
+        scored = [score(done) for _, done in told[0]]
+
+        def compare() -> None:
+            views = {view.url: view for view in self.remote.views()}
+            for (url, done), rows in zip(answers, scored, strict=True):
+                sums = views[url].sums
+                self._canary.compare(done, rows, version=version, sums=sums, where=url)
+
+        self._first(compare)
+        if not is_first:
+            self.remote.follow(version)
+
+    def _first(self, work: Callable[[], None]) -> None:
+        """Runs `work` on the first process; if it fails, every process raises the same line."""
+        problem = ""
+        if self._job.accelerator.is_main_process:
+            try:
+                work()
+            except (RuntimeError, OSError, ValueError) as error:
+                problem = str(error)
+        told: list[Any] = [problem]
         broadcast_object_list(told)
         if told[0]:
             raise RuntimeError(told[0])
-        if not self._job.accelerator.is_main_process:
-            self.remote.follow(version)
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         return weights(self._policy, dtype=self.remote.dtype)

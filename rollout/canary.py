@@ -25,6 +25,7 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 LENGTHS = (3, 17, 70)
 
 Score = Callable[[Sequence[Completion]], Sequence[Sequence[float]]]
+Sums = Callable[[], tuple[Mapping[str, str], Mapping[str, str]]]
 
 
 class ProofError(RuntimeError):
@@ -73,7 +74,7 @@ class Canary:
         score: Score,
         *,
         version: int,
-        sums: Callable[[], tuple[Mapping[str, str], Mapping[str, str]]] | None = None,
+        sums: Sums | None = None,
         where: str = "engine",
     ) -> float:
         """Asks the engine and the trainer; gives the largest difference in nats.
@@ -88,6 +89,15 @@ class Canary:
         Raises:
             ProofError: if the version is another, or the numbers differ by more than the bound.
         """
+        done = self.ask(engine, version=version, where=where)
+        return self.compare(done, score(done), version=version, sums=sums, where=where)
+
+    def ask(self, engine: Engine, *, version: int, where: str = "engine") -> list[Completion]:
+        """What the engine answers.
+
+        Raises:
+            ProofError: if it answers with another version.
+        """
         sampling = Sampling(max_new_tokens=self.num_tokens, seed=version)
         requests = [
             Request(f"canary-{version}-{n}", prompt, sampling)
@@ -100,9 +110,25 @@ class Canary:
                 f"{where}: the canary came from version {stale.policy_version}, expected "
                 f"{version}; the push did not arrive, so its samples would be stale"
             )
+        return done
+
+    def compare(
+        self,
+        done: Sequence[Completion],
+        scored: Sequence[Sequence[float]],
+        *,
+        version: int,
+        sums: Sums | None = None,
+        where: str = "engine",
+    ) -> float:
+        """Holds the engine's numbers against the trainer's; gives the largest difference in nats.
+
+        Raises:
+            ProofError: if it is more than the bound.
+        """
         worst, at = 0.0, ""
-        for completion, scored in zip(done, score(done), strict=True):
-            for place, (here, there) in enumerate(zip(scored, completion.logprobs, strict=True)):
+        for completion, row in zip(done, scored, strict=True):
+            for place, (here, there) in enumerate(zip(row, completion.logprobs, strict=True)):
                 gap = abs(here - there)
                 gap = math.inf if math.isnan(gap) else gap
                 if gap > worst:
@@ -117,7 +143,7 @@ class Canary:
         return worst
 
 
-def _culprit(sums: Callable[[], tuple[Mapping[str, str], Mapping[str, str]]] | None) -> str:
+def _culprit(sums: Sums | None) -> str:
     if sums is None:
         return "compare the checksums of its weights with the trainer's"
     found = difference(*sums())
