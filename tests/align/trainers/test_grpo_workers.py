@@ -88,6 +88,7 @@ class Mortal(GrpoCourse):
         return super().step(index)
 
 
+@pytest.mark.slow
 def test_killed_while_sampling_ahead_a_run_ends_with_the_same_bits(tmp_path: Path):
     def attempt(folder: Path, kind: type[GrpoCourse]) -> nn.Module:
         with served(make_worker(small.model(), weights_root=tmp_path)) as live:
