@@ -230,12 +230,17 @@ def _check_names(path: Path, model: nn.Module, weights: Mapping[str, Tensor]) ->
 
 
 # These may change between a run and its continuation without changing a single weight.
-FREE = {"save_every_steps", "keep_checkpoints", "log_every_steps", "report_to"}
+FREE = {
+    *("save_every_steps", "keep_checkpoints", "log_every_steps", "report_to"),
+    # where workers are, and how long to wait for them, not what they are asked
+    *("rollout.workers", "rollout.folder", "rollout.api_key_env", "rollout.deadline_s"),
+    "rollout.canary_bound",
+}
 
 
 def _check_config(path: Path, config: str) -> None:
-    there = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    here = json.loads(config)
+    there = _by_key(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    here = _by_key(json.loads(config))
     changed = [
         f"{key} {there.get(key)!r} -> {here.get(key)!r}"
         for key in sorted((there.keys() | here.keys()) - FREE)
@@ -246,3 +251,12 @@ def _check_config(path: Path, config: str) -> None:
             f"{path}: written under another config ({'; '.join(changed)}); "
             "put it back, or move the checkpoints aside to start anew"
         )
+
+
+def _by_key(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Values by dotted key; a list is one value."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = _by_key(value, f"{before}{key}.") if isinstance(value, dict) else {}
+        found |= inner or {f"{before}{key}": value}
+    return found

@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.advantage import Advantages
@@ -63,7 +65,13 @@ def to_example(completion: Completion, advantage: float, place: str) -> Example:
         place=place,
         behaviour_logprobs=(0.0,) * before + tuple(behaviour),
         advantages=(0.0,) * before + (advantage,) * after,
+        experts=_padded(completion.experts),
     )
+
+
+def _padded(experts: Tensor | None) -> Tensor | None:
+    """With -1 for the last token, which never entered the engine's model."""
+    return None if experts is None else F.pad(experts, (0, 0, 0, 0, 0, 1), value=-1)
 
 
 def examples_of(
@@ -94,6 +102,8 @@ def describe(groups: Sequence[Group], found: Advantages) -> dict[str, float]:
         "rollout/response_tokens": statistics.fmean(lengths),
         "rollout/response_tokens_max": float(max(lengths)),
         "rollout/nll": -statistics.fmean(x for c in completions for x in c.logprobs),
+        "rollout/kept_mass": statistics.fmean(x for c in completions for x in c.kept_mass),
+        "rollout/kept_mass_min": min(x for c in completions for x in c.kept_mass),
     }
     if rewards:
         numbers["reward/mean"] = statistics.fmean(rewards)

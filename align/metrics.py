@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from accelerate.tracking import (
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from align.ledger import ledger_line
 from align.losses.types import Loss
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -49,12 +51,13 @@ class Meter:
     def __init__(self) -> None:
         self.sums: dict[str, tuple[float, float]] = {}
         self.maxima: dict[str, float] = {}
+        self.ledger: list[float] = []
         # Tensors wait on their device until a line is due: reading one is a wait for the device.
         self.pending: list[Loss] = []
 
     def add(self, loss: Loss) -> None:
         """Adds one microbatch's metrics and maxima."""
-        self.pending.append(Loss(sum=loss.sum.detach(), metrics=loss.metrics, maxima=loss.maxima))
+        self.pending.append(replace(loss, sum=loss.sum.detach(), aux=None))
 
     def add_value(self, name: str, value: float) -> None:
         """Adds one number that counts once."""
@@ -68,6 +71,7 @@ class Meter:
         told = read(
             [x for loss in self.pending for pair in loss.metrics.values() for x in pair]
             + [x for loss in self.pending for x in loss.maxima.values()]
+            + [x for loss in self.pending if loss.ledger is not None for x in loss.ledger]
         )
         values = iter(told)
         for loss in self.pending:
@@ -76,29 +80,39 @@ class Meter:
         for loss in self.pending:
             for name in loss.maxima:
                 self.maxima[name] = max(self.maxima.get(name, -math.inf), next(values))
+        for loss in self.pending:
+            if loss.ledger is not None:
+                self._add_ledger([next(values) for _ in loss.ledger])
         self.pending = []
+
+    def _add_ledger(self, entries: Sequence[float]) -> None:
+        old = self.ledger or [0.0] * len(entries)
+        self.ledger = [a + b for a, b in zip(old, entries, strict=True)]
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean and maximum of each name over all processes; a name nobody counted is absent."""
         self._settle()
-        mine = [(self.sums, self.maxima)]
+        mine = [(self.sums, self.maxima, self.ledger)]
         shares = gather_object(mine) if accelerator.num_processes > 1 else mine
         together = Meter()
-        for sums, maxima in shares:
+        for sums, maxima, ledger in shares:
+            if ledger:
+                together._add_ledger(ledger)
             for name, (total, count) in sums.items():
                 together._add(name, total, count)
             for name, value in maxima.items():
                 together.maxima[name] = max(together.maxima.get(name, -math.inf), value)
         means = {name: total / count for name, (total, count) in together.sums.items() if count}
-        return means | together.maxima
+        return means | together.maxima | ledger_line(together.ledger)
 
     def state_dict(self) -> dict[str, Any]:
         self._settle()
-        return {"sums": dict(self.sums), "maxima": dict(self.maxima)}
+        return {"sums": dict(self.sums), "maxima": dict(self.maxima), "ledger": self.ledger}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
         self.maxima = dict(state["maxima"])
+        self.ledger = list(state["ledger"])
 
 
 def cut_after(path: Path, step: int) -> None:

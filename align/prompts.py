@@ -30,7 +30,7 @@ from reward.sandbox import Sandbox
 from reward.scorer import InProcessScorer, load_scorer
 from reward.types import Item, Score, Scorer
 from rollout.native.engine import NativeEngine
-from rollout.types import Engine, Request, Sampling
+from rollout.types import Completion, Engine, Request, Sampling
 
 MALFORMED = "malformed: "
 PAGE_TOKENS = 64
@@ -191,25 +191,56 @@ def answer(
     *,
     sampling: Sampling,
     num_samples: int,
+    return_experts: bool = False,
     tokenizer: PreTrainedTokenizerBase,
     scorer: Scorer,
 ) -> list[Group]:
     """One judged group per prompt.
 
     Args:
+        As `requests_of` and `judged`.
+    """
+    requests = requests_of(
+        prompts, sampling=sampling, num_samples=num_samples, return_experts=return_experts
+    )
+    return judged(prompts, engine.generate(requests), tokenizer=tokenizer, scorer=scorer)
+
+
+def requests_of(
+    prompts: Sequence[tuple[Prompt, int]],
+    *,
+    sampling: Sampling,
+    num_samples: int,
+    return_experts: bool = False,
+) -> list[Request]:
+    """What an engine is asked, one request a prompt.
+
+    Args:
         prompts: each with the seed of its samples.
         sampling: of all; its seed is not used.
+        return_experts: whether completions carry the experts of their tokens.
     """
-    requests = [
+    return [
         Request(
             request_id=str(prompt.row.origin),
             prompt=prompt.tokens,
             sampling=dataclasses.replace(sampling, seed=seed),
             num_samples=num_samples,
+            return_experts=return_experts,
         )
         for prompt, seed in prompts
     ]
-    done = engine.generate(requests)
+
+
+def judged(
+    prompts: Sequence[tuple[Prompt, int]],
+    done: Sequence[Completion],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: Scorer,
+) -> list[Group]:
+    """Groups of completions, as many of each prompt, in order, with their scores."""
+    num_samples = len(done) // max(1, len(prompts))
     texts = [response_text(completion, tokenizer) for completion in done]
     rows = [prompt.row for prompt, _ in prompts for _ in range(num_samples)]
     scores = judge(rows, texts, tokenizer=tokenizer, scorer=scorer)

@@ -79,9 +79,9 @@ class Rollout:
         places = [int(number) for number in numbers[::size]]
         steps = {step: self.course.prompts_of(step) for step in {p // per_step for p in places}}
         prompts = [steps[place // per_step][place % per_step] for place in places]
-        self.course.engine.policy_version = trainer.state.global_step
+        self.course.source.refresh(trainer.state.global_step)
         groups = answer(
-            self.course.engine,
+            self.course.source.engine,
             prompts,
             sampling=Sampling(
                 max_new_tokens=self.config.max_new_tokens,

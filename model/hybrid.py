@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -93,14 +94,16 @@ class Block(nn.Module):
         angles: Angles,
         cache: Step | None = None,
         checkpointing: Checkpointing = "none",
+        *,
+        recorded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """[T, C] -> [T, C] and router logits [T, E]."""
+        """[T, C] -> [T, C] and router logits [T, E]; `recorded` as in `MoE.forward`."""
         if checkpointing == "full":
-            return computed_again(self.forward, x, packed, angles)
+            return computed_again(partial(self.forward, recorded=recorded), x, packed, angles)
         if checkpointing == "selective":
             halfway = computed_again(self.attend, x, packed, angles, keeps=True)
-            return computed_again(self.feed, *halfway)
-        return self.feed(*self.attend(x, packed, angles, cache))
+            return computed_again(self.feed, *halfway, recorded)
+        return self.feed(*self.attend(x, packed, angles, cache), recorded)
 
     def attend(
         self, x: Tensor, packed: Packed, angles: Angles, cache: Step | None = None
@@ -114,9 +117,11 @@ class Block(nn.Module):
         residual, normed = self.post_attention_layernorm(residual, branch)
         return residual, normed
 
-    def feed(self, residual: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+    def feed(
+        self, residual: Tensor, normed: Tensor, recorded: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The second half: what `attend` gave -> [T, C] and router logits [T, E]."""
-        branch, router_logits = self.mlp(normed)
+        branch, router_logits = self.mlp(normed, recorded)
         return join(residual, branch, self.mlp_gain), router_logits
 
 
@@ -193,35 +198,45 @@ class HybridModel(HybridPreTrainedModel):
         cache: DecodeCache | None = None,
         slots: Sequence[int] = (),
         embeddings: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> Hidden:
         """Packed tokens through every layer.
 
         Args:
             cache: continued in place: sequence i of `packed` follows what slots[i] holds.
             embeddings: [T, C] in place of the tokens' own.
+            experts: [T, layers, K] integers, where each token goes in each layer whatever the
+                router would choose; -1 leaves it to the router. The router still weighs them.
 
         Raises:
             ValueError: if a sequence does not start where its slot ends.
         """
         step = None if cache is None else cache.begin(slots, packed)
-        out = self._through(packed, step, embeddings)
+        out = self._through(packed, step, embeddings, experts)
         if step is not None:
             step.end()
         return out
 
     def decode(self, packed: Packed, step: DecodeStep) -> Hidden:
         """One token of each of S sequences, whose cache is written in place; waits for nothing."""
-        return self._through(packed, step, None)
+        return self._through(packed, step)
 
-    def _through(self, packed: Packed, step: Step | None, embeddings: Tensor | None) -> Hidden:
+    def _through(
+        self,
+        packed: Packed,
+        step: Step | None,
+        embeddings: Tensor | None = None,
+        experts: Tensor | None = None,
+    ) -> Hidden:
         x = self.embed_tokens(packed.tokens) if embeddings is None else embeddings
         angles = rotary_angles(packed.positions, self.rotary_dim, self.rotary_base)
         checkpointing = "full" if self.gradient_checkpointing else self.checkpointing
         if step is not None or not (self.training and torch.is_grad_enabled()):
             checkpointing = "none"
         router_logits = []
-        for layer in self.layers:
-            x, logits = layer(x, packed, angles, step, checkpointing)
+        for number, layer in enumerate(self.layers):
+            recorded = None if experts is None else experts[:, number]
+            x, logits = layer(x, packed, angles, step, checkpointing, recorded=recorded)
             router_logits.append(logits)
         return Hidden(self.norm(x), tuple(router_logits))
 
@@ -346,6 +361,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         targets: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        experts: Tensor | None = None,
     ) -> MoeCausalLMOutputWithPast | PackedOutput:
         """With `packed`, the second form of `_forward_packed`; else transformers' own contract.
 
@@ -360,10 +376,13 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             packed,
             padded=(input_ids, inputs_embeds),
             only_padded=(attention_mask, position_ids, past_key_values, labels, cu_seq_lens_q),
-            only_packed=targets is not None or temperature != 1.0 or with_entropy,
+            only_packed=targets is not None
+            or temperature != 1.0
+            or with_entropy
+            or experts is not None,
         )
         if packed is not None:
-            return self._forward_packed(packed, targets, temperature, with_entropy)
+            return self._forward_packed(packed, targets, temperature, with_entropy, experts)
         wanted = output_router_logits
         wanted = self.config.output_router_logits if wanted is None else wanted
         out = self.model(
@@ -410,11 +429,17 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         )
 
     def _forward_packed(
-        self, packed: Packed, targets: Tensor | None, temperature: float, with_entropy: bool
+        self,
+        packed: Packed,
+        targets: Tensor | None,
+        temperature: float,
+        with_entropy: bool,
+        experts: Tensor | None,
     ) -> PackedOutput:
         row = self.model.row
         own = row.own(packed)
-        hidden, router_logits = self.model.run(own)
+        experts = None if experts is None else row.part(experts, own)
+        hidden, router_logits = self.model.run(own, experts=experts)
         logprobs = entropy = None
         if targets is not None:
             logprobs, entropy = token_logprobs(

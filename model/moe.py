@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.config import HybridConfig
 from model.kernels.experts.op import expert_layer
-from model.kernels.experts.router import route, router_logits
+from model.kernels.experts.router import replayed, route, router_logits
 from model.row import Row
 
 WHOLE = Row()
@@ -64,10 +64,17 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.drop: Callable[..., Tensor] = drop_over_capacity
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, C] -> output [T, C] and router logits [T, E] fp32."""
+    def forward(self, x: Tensor, recorded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[T, C] -> output [T, C] and router logits [T, E] fp32.
+
+        Args:
+            recorded: [T, K] integers, experts that an engine chose: they are taken in place of the
+                router's, which weighs them, gradients and all; -1 leaves the choice to the router.
+        """
         logits = self.gate(x)
         weights, chosen = route(logits, self.top_k)
+        if recorded is not None:
+            weights, chosen = replayed(logits, chosen, recorded)
         if self.training and self.capacity_factor > 0:
             chosen = self.drop(chosen, logits.shape[-1], self.capacity_factor)
         return self.experts(x, chosen, weights), logits

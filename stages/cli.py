@@ -1,4 +1,4 @@
-"""The command `align`: run, check, eval, generate, score, serve-reward, export.
+"""The command `align`: run, check, eval, generate, score, serve-*, ledger, export.
 
 Heavy imports stand inside the commands, so that `--help` and a misspelt option answer at once.
 """
@@ -239,6 +239,65 @@ def serve_reward(
             dtype=torch.bfloat16 if bf16 else torch.float32,
             say=lambda line: typer.echo(line, err=True),
         )
+
+
+@app.command("serve-rollout")
+def serve_rollout(
+    policy: Folder,
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str, typer.Option(help="Model name for clients; the folder's if empty.")] = "",
+    api_key_env: Annotated[
+        str, typer.Option(help="Environment variable that holds the clients' key.")
+    ] = "",
+    weights_root: Annotated[
+        Path | None, typer.Option(help="Take new weights from folders below this one.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Longest prompt and response.")] = 8192,
+    max_slots: Annotated[int, typer.Option(min=1, help="Samples decoded at once.")] = 64,
+    max_cache_tokens: Annotated[
+        int, typer.Option(min=0, help="Keys and values held at once; 0 is room for every slot.")
+    ] = 0,
+    max_samples: Annotated[int, typer.Option(min=1, help="Samples queued or live.")] = 4096,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Longest body, 2^20 bytes.")] = 64,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Weights in bf16.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Serves a policy over HTTP: OpenAI's API, and exact samples and new weights for trainers."""
+    with _guarded(traceback):
+        import torch
+
+        with _extra("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client")):
+            from stages.serving import Room
+            from stages.serving import serve_rollout as serve
+
+        serve(
+            policy,
+            host=host,
+            port=port,
+            name=name,
+            room=Room(
+                max_tokens=max_tokens,
+                max_slots=max_slots,
+                max_cache_tokens=max_cache_tokens,
+                max_samples=max_samples,
+                max_body_bytes=max_body_mb << 20,
+            ),
+            api_key=_key_of(api_key_env),
+            weights_root=weights_root,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+            say=lambda line: typer.echo(line, err=True),
+        )
+
+
+@app.command()
+def ledger(stage: Folder, traceback: Traceback = False) -> None:
+    """Shows how far an engine's numbers were from the trainer's, a line a step of a grpo stage."""
+    with _guarded(traceback):
+        from align.ledger import ledger_table
+
+        _show(ledger_table(stage))
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Example:
         place: file and line, or task and index, for messages.
         behaviour_logprobs: what the policy that sampled each token gave it; () outside RL.
         advantages: advantage of each token; () outside RL.
+        experts: [T, layers, K] int16, what an engine recorded, -1 where it did not; None without.
 
     Raises:
         ValueError: if the lengths differ, fewer than two tokens, or no token is trained.
@@ -36,6 +37,7 @@ class Example:
     place: str
     behaviour_logprobs: tuple[float, ...] = ()
     advantages: tuple[float, ...] = ()
+    experts: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         size = len(self.tokens)
@@ -50,6 +52,8 @@ class Example:
         ):
             if extra and len(extra) != size:
                 raise ValueError(f"{self.place}: {len(extra)} {name} for {size} tokens")
+        if self.experts is not None and len(self.experts) != size:
+            raise ValueError(f"{self.place}: experts of {len(self.experts)} for {size} tokens")
         if not any(self.weights):
             raise ValueError(
                 f"{self.place}: no token is trained (all weights 0); "
@@ -83,6 +87,7 @@ class Batch:
         behaviour_logprobs, advantages: [T] fp32 aligned with targets; None outside RL.
         pairs: for preferences: sequences 2i and 2i + 1 are chosen and rejected of pairs[i].
         places: [S] where each sequence came from.
+        experts: [T, layers, K] int16 aligned with packed.tokens; None where none are recorded.
     """
 
     packed: Packed
@@ -92,6 +97,7 @@ class Batch:
     behaviour_logprobs: Tensor | None = None
     advantages: Tensor | None = None
     pairs: tuple[Pair, ...] = ()
+    experts: Tensor | None = None
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example]) -> Batch:
@@ -116,6 +122,7 @@ class Batch:
             advantages=torch.tensor([x for e in examples for x in (*e.advantages[1:], 0.0)])
             if in_rl
             else None,
+            experts=_joined([example.experts for example in examples]),
         )
 
     @classmethod
@@ -136,4 +143,11 @@ class Batch:
             move(self.behaviour_logprobs),
             move(self.advantages),
             self.pairs,
+            move(self.experts),
         )
+
+
+def _joined(recorded: Sequence[Tensor | None]) -> Tensor | None:
+    """Experts of all examples end to end; None unless every one has them."""
+    found = [experts for experts in recorded if experts is not None]
+    return torch.cat(found) if found and len(found) == len(recorded) else None

@@ -18,9 +18,11 @@ class Loss:
             coefficients applied; None for a model without experts.
         metrics: name -> (sum, count), detached scalars; the loop divides after reducing both.
         maxima: name -> detached scalar; the loop keeps the largest.
+        ledger: [N] fp64, sums of `align.ledger.entries`; None where no engine sampled.
     """
 
     sum: Tensor
     aux: Tensor | None = None
     metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     maxima: Mapping[str, Tensor] = field(default_factory=dict)
+    ledger: Tensor | None = None

@@ -2,8 +2,8 @@
 
 A rollout covers `updates_per_rollout` optimizer steps of `prompts_per_step` prompts each. The first
 of them is on-policy; what the others compare with, the behaviour log-probabilities, is fixed when
-the rollout is made. The engine reads the trainer's own weights, so nothing is copied, and the
-version of a completion is the number of updates that its policy had seen.
+the rollout is made. The engine reads the trainer's own weights, or workers are sent them and prove
+it; the version of a completion is the number of updates that its policy had seen.
 
 A killed run continues exactly: samples depend on (seed, number of the prompt, sample), and
 experience that waits for its step is in the checkpoint.
@@ -30,25 +30,28 @@ from align.course import Job, Outcome, Step
 from align.data.batch import Batch, Example
 from align.data.packing import pack
 from align.data.sources import DataConfig
+from align.engines import RolloutConfig, open_source
 from align.experience import describe, examples_of
+from align.ledger import entries
 from align.loop import TrainConfig
 from align.losses.policy import PolicyLossConfig, policy_count, policy_loss
 from align.losses.types import Loss
 from align.prompts import (
     Prompt,
     Prompts,
-    answer,
     end_of_turn,
-    open_engine,
+    judged,
     open_scorer,
     read_prompts,
+    requests_of,
     seed_of,
 )
+from align.sampler import Sampler, staleness
 from align.trainers.dpo import reference_of
 from align.trainers.lm import adapted, fit, open_start
 from model import HybridForCausalLM
 from reward.types import Scorer
-from rollout.types import Sampling
+from rollout.types import Request, Sampling
 
 
 class GrpoConfig(TrainConfig):
@@ -74,8 +77,13 @@ class GrpoConfig(TrainConfig):
     """Groups of equal scores: kept, they count in the means; left out, they cost no training."""
     behaviour: Literal["trainer", "engine"] = "trainer"
     """Whose log-probabilities the ratio is taken to; trainer makes the first ratio exactly 1."""
+    experts: Literal["router", "record", "replay"] = "router"
+    """Whose choice of experts is trained: the router's; the same, with the engine's recorded to
+    measure how often they agree; or the engine's, replayed and weighed by the router."""
     max_concurrent: int = Field(default=256, ge=1)
     """Responses decoded at once by one process; bounds memory, never changes a result."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Who samples: the trainer itself, or workers."""
 
     @model_validator(mode="after")
     def _samples_with_all_experts(self) -> Self:
@@ -83,6 +91,21 @@ class GrpoConfig(TrainConfig):
             raise ValueError(
                 f"parallel.expert = {self.parallel.expert}, expected 1: every process samples with "
                 "all experts; share rows (parallel.sequence) instead"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_sampled_can_be_compared(self) -> Self:
+        if self.rollout.max_staleness and self.behaviour != "engine":
+            raise ValueError(
+                f"rollout.max_staleness = {self.rollout.max_staleness} with behaviour = "
+                f"{self.behaviour}, expected engine: the trainer has changed since, so its own "
+                "numbers are not those of the policy that sampled; set behaviour: engine"
+            )
+        if self.experts != "router" and self.parallel.sequence > 1:
+            raise ValueError(
+                f"experts = {self.experts} with parallel.sequence = {self.parallel.sequence}, "
+                "expected router: recorded experts are of whole rows; set one of the two back"
             )
         return self
 
@@ -137,12 +160,15 @@ class GrpoCourse:
             else config.epochs * len(prompts.items)
         )
         self.num_steps = -(-self.num_prompts // config.prompts_per_step)
-        self.engine = open_engine(
+        self.source = open_source(
+            config.rollout,
+            job,
             policy,
             max_concurrent=config.max_concurrent,
             max_tokens=prompts.max_tokens + config.max_new_tokens,
             autocast=torch.bfloat16 if config.has_autocast else None,
         )
+        self.sampler = Sampler(self.source)
         # Experience of the rollout's later steps, the next one first.
         self.waiting: list[list[Example]] = []
         self.is_on_policy = True
@@ -170,11 +196,22 @@ class GrpoCourse:
         behaviour = batch.behaviour_logprobs
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
         maxima: dict[str, Tensor] = {}
+        ledger: Tensor | None = None
         if self.is_on_policy:
             # Before any bound: how far the engine's numbers are from the trainer's.
             gap = ((out.logprobs.detach() - behaviour) * batch.weights).abs()
             metrics["engine/gap"] = (gap.sum(), batch.weights.sum())
             maxima["engine/gap_max"] = gap.max()
+            ledger = entries(
+                out.logprobs,
+                behaviour,
+                advantages=_given(batch.advantages),
+                weights=batch.weights,
+                lengths=batch.packed.lengths,
+                config=self.config.loss,
+                experts=batch.experts,
+                router_logits=out.router_logits,
+            )
             if self.config.behaviour == "trainer":
                 # The same numbers, so the ratio is 1 to the last bit.
                 behaviour = out.logprobs.detach()
@@ -189,19 +226,29 @@ class GrpoCourse:
             entropy=out.entropy,
             aux=out.aux_loss,
         )
-        return replace(loss, metrics={**loss.metrics, **metrics}, maxima={**loss.maxima, **maxima})
+        return replace(
+            loss,
+            metrics={**loss.metrics, **metrics},
+            maxima={**loss.maxima, **maxima},
+            ledger=ledger,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Experience that still waits for its step, as plain values."""
         return {
             "waiting": [
-                [(e.tokens, e.weights, e.place, e.behaviour_logprobs, e.advantages) for e in later]
+                [
+                    (e.tokens, e.weights, e.place, e.behaviour_logprobs, e.advantages, e.experts)
+                    for e in later
+                ]
                 for later in self.waiting
-            ]
+            ],
+            "ahead": self.sampler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.waiting = [[Example(*values) for values in later] for later in state["waiting"]]
+        self.sampler.load_state_dict(state["ahead"])
 
     def _rollout(self, index: int) -> tuple[list[list[Example]], dict[str, float]]:
         """Experience of this process for the steps from `index` on, and numbers of all processes.
@@ -213,24 +260,17 @@ class GrpoCourse:
         rank, world = accelerator.process_index, accelerator.num_processes
         covered = range(index, min(index + config.updates_per_rollout, self.num_steps))
         prompts = [self.prompts_of(step) for step in covered]
-        own = [prompt for of_step in prompts for prompt in of_step[rank::world]]
-        self.engine.policy_version = index
-        groups = answer(
-            self.engine,
-            own,
-            sampling=Sampling(
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                stop_token_ids=(end_of_turn(self.tools.tokenizer),),
-            ),
-            num_samples=config.group_size,
-            tokenizer=self.tools.tokenizer,
-            scorer=self.tools.scorer,
+        done = self.sampler.take(index, self._requests(index))
+        later = index + config.updates_per_rollout
+        if config.rollout.max_staleness and later < self.num_steps:
+            self.sampler.begin(later, self._requests(later), version=index)
+        groups = judged(
+            self._own(index), done, tokenizer=self.tools.tokenizer, scorer=self.tools.scorer
         )
         every = gather_object([groups]) if world > 1 else [groups]
         found = advantages([g.scores for share in every for g in share], config.scale)
         together = [group for share in every for group in share]
-        metrics = describe(together, found)
+        metrics = describe(together, found) | staleness(together, index)
         # the places in `together` of each step's prompts, in the prompts' own order
         places = [[0] * len(of_step) for of_step in prompts]
         every_place = iter(range(len(together)))
@@ -249,6 +289,30 @@ class GrpoCourse:
         if config.behaviour == "trainer":
             steps[1:] = [self._rescored(examples) for examples in steps[1:]]
         return steps, metrics
+
+    def _own(self, index: int) -> list[tuple[Prompt, int]]:
+        """This process's prompts of the rollout that begins with step `index`."""
+        accelerator = self.job.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        covered = range(index, min(index + self.config.updates_per_rollout, self.num_steps))
+        return [prompt for step in covered for prompt in self.prompts_of(step)[rank::world]]
+
+    def _requests(self, index: int) -> list[Request]:
+        config = self.config
+        return requests_of(
+            self._own(index),
+            sampling=Sampling(
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                stop_token_ids=(end_of_turn(self.tools.tokenizer),),
+            ),
+            num_samples=config.group_size,
+            return_experts=config.experts != "router",
+        )
+
+    def close(self) -> None:
+        """Withdraws what is sampled ahead, and ends the engine."""
+        self.sampler.close()
 
     def prompts_of(self, step: int) -> list[tuple[Prompt, int]]:
         """All processes' prompts of a step, each with its seed: a function of the step alone."""
@@ -295,6 +359,7 @@ class GrpoCourse:
             targets=batch.targets,
             temperature=self.config.temperature,
             with_entropy=True,
+            experts=batch.experts if self.config.experts == "replay" else None,
         )
 
     @torch.no_grad()
@@ -344,5 +409,8 @@ def run(config: GrpoConfig, job: Job) -> Outcome:
     course = GrpoCourse(
         config, job, policy=policy, reference=reference, prompts=prompts, tools=tools
     )
-    metrics = fit(course, policy, tokenizer, config=config, job=job)
+    try:
+        metrics = fit(course, policy, tokenizer, config=config, job=job)
+    finally:
+        course.close()
     return Outcome(metrics, prompts.data)

@@ -86,6 +86,8 @@ def test_a_rollout_is_described_by_what_is_known():
         "rollout/response_tokens": 2,
         "rollout/response_tokens_max": 3,
         "rollout/nll": 3,
+        "rollout/kept_mass": pytest.approx(0.8),
+        "rollout/kept_mass_min": 0.8,
         "reward/mean": 0.5,
         "reward/std": pytest.approx(math.sqrt(1 / 6)),
         "accuracy/all": 0.5,

@@ -1,4 +1,4 @@
-"""`align serve-reward`: what it serves, and what it says when it cannot."""
+"""`align serve-reward`, `serve-rollout` and `ledger`: what they serve, or say when they cannot."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from align.data.render import render_prompt
 from align.evals.reward_artifact import open_scorer
+from align.policy import load_policy
+from align.prompts import end_of_turn
 from reward.types import Item
+from rollout.native.engine import NativeEngine
+from rollout.sync import checksums, weights
+from rollout.types import Request, Sampling
 from stages.artifact import Facts, publish
 from tests.stages.fakes import align
 from tests.stages.test_commands import TOKENIZER, judge, policy  # noqa: F401  (fixtures)
@@ -85,3 +91,66 @@ def test_what_is_missing_or_wrong_is_one_line(judge, tmp_path, monkeypatch):  # 
         1,
         "error: uvicorn is not installed; pip install hybrid-align[serve]\n",
     )
+
+
+class InstantRollout:
+    """In place of uvicorn: a chat, the weights, then the end."""
+
+    answers: dict[str, dict]
+
+    def __init__(self, door) -> None:
+        self._door = door
+
+    def run(self, sockets) -> None:
+        assert sockets[0].getsockname()[1] > 0
+        with TestClient(self._door, headers={"authorization": "Bearer k1"}) as client:
+            chat = {"model": "mine", "messages": CHAT, "max_tokens": 5, "temperature": 0}
+            InstantRollout.answers = {
+                "chat": client.post("/v1/chat/completions", json=chat).json(),
+                "long": client.post("/v1/chat/completions", json=chat | {"max_tokens": 64}).json(),
+                "weights": client.get("/v1/weights").json(),
+            }
+
+
+def test_a_policy_is_served_with_its_template_and_a_key(policy, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("stages.serving.make_server", InstantRollout)
+    monkeypatch.setenv("ROLLOUT_KEY", "k1")
+    options = (
+        "--port",
+        "0",
+        "--api-key-env",
+        "ROLLOUT_KEY",
+        "--name",
+        "mine",
+        "--max-tokens",
+        "64",
+    )
+    result = align("serve-rollout", str(policy), *options)
+    assert result.exit_code == 0, result.stderr
+    model, tokenizer = load_policy(policy)
+    prompt = render_prompt(CHAT, tokenizer)
+    stop = Sampling(max_new_tokens=5, temperature=0, stop_token_ids=(end_of_turn(tokenizer),))
+    engine = NativeEngine(model, max_slots=2, max_cache_tokens=256)
+    (done,) = engine.generate([Request("p", prompt, stop)])
+    answer = InstantRollout.answers["chat"]
+    text = tokenizer.decode(done.tokens, skip_special_tokens=True)
+    assert answer["choices"][0]["message"]["content"] == text
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+    assert InstantRollout.answers["long"]["error"]["code"] == "context_length_exceeded"
+    assert InstantRollout.answers["weights"]["checksums"] == checksums(weights(model))
+    (line,) = [line for line in result.stderr.splitlines() if "described at" in line]
+    assert line.startswith("mine at http://127.0.0.1:")
+
+
+def test_the_ledger_of_a_stage_is_shown(tmp_path):
+    missing = align("ledger", str(tmp_path))
+    assert (missing.exit_code, missing.stderr) == (
+        2,
+        f"error: {tmp_path}/metrics.jsonl: no such file; give the folder of a grpo stage\n",
+    )
+    line = {"step": 3, "ledger/ratio": 1.25, "ledger/correlation": 0.875}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    shown = align("ledger", str(tmp_path))
+    assert shown.exit_code == 0
+    assert "correlation" in shown.stdout
+    assert "0.875" in shown.stdout

@@ -97,3 +97,35 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         return route_triton(logits, top_k)
     values, chosen = logits.topk(top_k, dim=-1)
     return values.softmax(-1), chosen
+
+
+def replayed(logits: Tensor, chosen: Tensor, recorded: Tensor) -> tuple[Tensor, Tensor]:
+    """What `route` gives when the choice was made elsewhere.
+
+    The softmax is over the logits of the experts taken: of the router's own choice it gives the
+    router's own weights, and its gradient reaches the logits of the experts that did the work.
+
+    Args:
+        logits: [T, E] fp32 or fp64.
+        chosen: [T, K] int64, the router's own.
+        recorded: [T, K] integers to be taken in its place; a row of -1 takes `chosen`.
+
+    Returns: weights [T, K] in the dtype of the logits; taken [T, K] int64.
+
+    Raises:
+        ValueError: if recorded has another shape.
+
+    Example:
+        >>> logits, own = torch.tensor([[2.0, 1.0, 1.0]]), torch.tensor([[0, 1]])
+        >>> weights, taken = replayed(logits, own, torch.tensor([[2, 1]]))
+        >>> taken.tolist(), weights.tolist()
+        ([[2, 1]], [[0.5, 0.5]])
+    """
+    if recorded.shape != chosen.shape:
+        raise ValueError(
+            f"recorded {tuple(recorded.shape)}: expected [T, K] = {tuple(chosen.shape)}; record "
+            "them from a model of the same config"
+        )
+    recorded = recorded.long()
+    taken = torch.where(recorded >= 0, recorded, chosen)
+    return logits.gather(-1, taken).softmax(-1), taken

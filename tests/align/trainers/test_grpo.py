@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from align.course import Job, Step
 from align.data.rows import Origin, PromptRow
 from align.data.sources import DataConfig
+from align.ledger import ledger_line
 from align.loop import train
 from align.lora import LoraConfig, apply_lora
 from align.losses.policy import PolicyLossConfig
@@ -138,14 +140,14 @@ def test_later_steps_of_a_rollout_compare_with_the_policy_that_made_it(tmp_path:
 def test_a_rollout_is_sampled_once_and_carries_its_version(tmp_path: Path, monkeypatch: Any):
     made = course(config(updates_per_rollout=2, max_steps=3), small.job(tmp_path), small.model())
     versions = []
-    generate = made.engine.generate
+    generate = made.source.engine.generate
 
     def counted(requests: Any) -> Any:
         done = generate(requests)
         versions.append({c.policy_version for c in done})
         return done
 
-    monkeypatch.setattr(made.engine, "generate", counted)
+    monkeypatch.setattr(made.source.engine, "generate", counted)
     sizes = [sum(len(b.places) for b in made.step(index).batches) for index in range(3)]
     assert versions == [{0}, {2}]
     # a response without a score is not trained on
@@ -186,6 +188,33 @@ def test_epochs_see_every_prompt_once_in_an_order_of_the_seed(tmp_path: Path):
     kept = course(config(max_steps=0, shuffle=False), small.job(tmp_path), small.model())
     order = [p.row.origin.place for i in range(3) for p, _ in kept.prompts_of(i)]
     assert order == [f"p.jsonl:{i}" for i in range(1, 6)]
+
+
+def test_recorded_experts_agree_and_replaying_them_changes_no_bit(tmp_path: Path):
+    def told(experts: str) -> dict[str, float]:
+        settings = config(experts=experts, max_steps=2, updates_per_rollout=2, behaviour="engine")
+        model, job = small.model(), small.job(tmp_path / experts)
+        train(course(settings, job, model), model, config=settings, job=job)
+        return lines(job.folder)[0]
+
+    plain, recorded, replayed = told("router"), told("record"), told("replay")
+    assert "ledger/router" not in plain
+    # engine and trainer are one model in fp32: they route alike, so their numbers stay the same
+    assert recorded["ledger/router"] == replayed["ledger/router"] == 1
+    for name in ("loss", "grad_norm", "ledger/log_ratio"):
+        assert plain[name] == recorded[name] == replayed[name], name
+
+
+def test_replayed_experts_are_the_recorded_ones_whatever_the_router_chose(tmp_path: Path):
+    model = small.model()
+    made = course(config(experts="replay", behaviour="engine"), small.job(tmp_path), model)
+    batch = made.step(0).batches[0]
+    other = replace(batch, experts=(batch.experts + 1) % 4 * (batch.experts >= 0))
+    one, two = (made.loss(model, given) for given in (batch, other))
+    assert abs(one.sum - two.sum) > 1e-4
+    line = ledger_line(two.ledger.tolist())
+    assert line["ledger/router"] < 1
+    assert line["ledger/gap_p50"] > 1e-3
 
 
 class Killed(Exception):

@@ -1,0 +1,247 @@
+"""Where a trainer's samples come from: an engine on its own weights, or workers that are sent them.
+
+Whoever sends weights proves them: checksums of every tensor, then a canary whose log-probabilities
+the trainer's own forward has to give as well, on each worker. What fails stops the run before a
+step is made of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from align.course import Job
+from align.prompts import open_engine
+from model import HybridForCausalLM
+from rollout.canary import BOUNDS, Canary, trainer_score
+from rollout.client import RemoteEngine
+from rollout.native.engine import NativeEngine
+from rollout.sync import adapter_config, adapter_weights, checksums, parts, weights
+from rollout.types import Completion, Engine
+
+Policy = HybridForCausalLM | PeftModel
+
+
+class RolloutConfig(BaseModel):
+    """Who samples.
+
+    Example:
+        >>> RolloutConfig(workers=("http://a:8000",), max_staleness=1).push
+        'weights'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workers: tuple[str, ...] = ()
+    """Addresses of rollout workers (`align serve-rollout`); none samples in the trainer itself."""
+    folder: str = ""
+    """Where weights are written for the workers, under the same path on all machines; empty is
+    `weights` in the stage's folder."""
+    push: Literal["weights", "adapter"] = "weights"
+    """What workers are sent: all weights, adapters merged, or the adapter to the policy that the
+    stage started from, which they have opened."""
+    api_key_env: str = ""
+    """Environment variable that holds the workers' key; empty sends none."""
+    max_staleness: int = Field(default=0, ge=0, le=1)
+    """Rollouts that sampling may run ahead of training; 1 samples the next while one is trained."""
+    canary_bound: float = Field(default=0.0, ge=0)
+    """Largest difference of a canary's log-probability in nats; 0 is the precision's own."""
+    deadline_s: float = Field(default=1800.0, gt=0)
+    """Seconds without any answer of any worker after which the run fails."""
+
+    @model_validator(mode="after")
+    def _workers_are_needed(self) -> Self:
+        unused = self.model_fields_set - {"workers"}
+        if not self.workers and unused:
+            raise ValueError(
+                f"rollout.{min(unused)} says something of workers, and rollout.workers is empty; "
+                "name them or remove it"
+            )
+        if len({*self.workers}) != len(self.workers):
+            raise ValueError(f"rollout.workers = {self.workers}, expected each once")
+        return self
+
+
+class Source(Protocol):
+    """An engine, and the way to keep it at the trainer's policy."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    def refresh(self, version: int) -> None:
+        """Makes the engine sample from the policy as it is now; every process calls it."""
+        ...
+
+
+class OwnSource:
+    """The native engine on the trainer's live weights: nothing is copied."""
+
+    def __init__(self, engine: NativeEngine) -> None:
+        self.native = engine
+
+    @property
+    def engine(self) -> Engine:
+        """The engine."""
+        return self.native
+
+    def refresh(self, version: int) -> None:
+        """The weights are there already; says so."""
+        self.native.policy_version = version
+
+
+class WorkerSource:
+    """Workers that are sent the policy.
+
+    Args:
+        policy: the live model, possibly with adapters, possibly sharded.
+        autocast: of the trainer's forward.
+
+    Raises:
+        ValueError: for a key that is not set, or an adapter to be pushed that is not there.
+        RuntimeError: if no worker answers.
+    """
+
+    def __init__(
+        self, config: RolloutConfig, job: Job, policy: Policy, *, autocast: torch.dtype | None
+    ) -> None:
+        if config.push == "adapter" and not isinstance(policy, PeftModel):
+            raise ValueError(
+                "rollout.push = adapter, and the stage trains all weights; set lora, or push: "
+                "weights"
+            )
+        key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
+        if config.api_key_env and not key:
+            raise ValueError(
+                f"rollout.api_key_env = {config.api_key_env}: no such variable, or it is empty"
+            )
+        folder = Path(config.folder) if config.folder else job.folder / "weights"
+        self.remote = RemoteEngine(
+            config.workers, folder.absolute(), api_key=key, deadline_s=config.deadline_s
+        )
+        self._config, self._job, self._policy = config, job, policy
+        self._autocast = autocast
+        narrow = torch.bfloat16 in (autocast, self.remote.dtype)
+        dtype = torch.bfloat16 if narrow else torch.float32
+        bound = config.canary_bound or BOUNDS[dtype]
+        vocabulary: int = policy.config.vocab_size
+        self._canary = Canary(Canary.of(vocabulary).prompts, bound=bound)
+        self._version = -1
+
+    @property
+    def engine(self) -> Engine:
+        """All workers as one engine."""
+        return self.remote
+
+    def refresh(self, version: int) -> None:
+        """Pushes and proves, unless the workers hold this version.
+
+        Raises:
+            ProofError: if a worker does not sample from the trainer's policy.
+            RuntimeError: if no worker takes the weights.
+        """
+        if version == self._version:
+            return
+        accelerator = self._job.accelerator
+        if accelerator.num_processes == 1:
+            self._send(version)
+        else:
+            self._send_together(version)
+        self._version = version
+
+    def _send(self, version: int) -> None:
+        self._push(version)
+        score = trainer_score(self._policy, autocast=self._autocast)
+        for view in self.remote.views():
+            self._canary.check(view, score, version=version, sums=view.sums, where=view.url)
+
+    @torch.no_grad()
+    def _push(self, version: int) -> None:
+        if self._config.push == "weights":
+            self.remote.update_weights(self._weights(), version)
+            return
+        assert isinstance(self._policy, PeftModel), "checked at the beginning"
+        self.remote.update_adapter(
+            adapter_weights(self._policy).items(),
+            version,
+            config=adapter_config(self._policy),
+            expected=checksums(parts(self._policy, dtype=self.remote.dtype)),
+        )
+
+    def _send_together(self, version: int) -> None:
+        """The first process pushes, asks and compares; all gather and score, as they train."""
+        is_first = self._job.accelerator.is_main_process
+        answers: list[tuple[str, list[Completion]]] = []
+
+        def push_and_ask() -> None:
+            self._push(version)
+            for view in self.remote.views():
+                done = self._canary.ask(view, version=version, where=view.url)
+                answers.append((view.url, done))
+
+        if not is_first and self._config.push == "weights":
+            for _ in self._weights():
+                pass
+        self._first(push_and_ask)
+        told: list[Any] = [answers]
+        broadcast_object_list(told)
+        score = trainer_score(self._policy, autocast=self._autocast)
+        scored = [score(done) for _, done in told[0]]
+
+        def compare() -> None:
+            views = {view.url: view for view in self.remote.views()}
+            for (url, done), rows in zip(answers, scored, strict=True):
+                sums = views[url].sums
+                self._canary.compare(done, rows, version=version, sums=sums, where=url)
+
+        self._first(compare)
+        if not is_first:
+            self.remote.follow(version)
+
+    def _first(self, work: Callable[[], None]) -> None:
+        """Runs `work` on the first process; if it fails, every process raises the same line."""
+        problem = ""
+        if self._job.accelerator.is_main_process:
+            try:
+                work()
+            except (RuntimeError, OSError, ValueError) as error:
+                problem = str(error)
+        told: list[Any] = [problem]
+        broadcast_object_list(told)
+        if told[0]:
+            raise RuntimeError(told[0])
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        return weights(self._policy, dtype=self.remote.dtype)
+
+
+def open_source(
+    config: RolloutConfig,
+    job: Job,
+    policy: Policy,
+    *,
+    max_concurrent: int,
+    max_tokens: int,
+    autocast: torch.dtype | None,
+) -> Source:
+    """The source that a config names.
+
+    Args:
+        max_concurrent, max_tokens: of the engine in the trainer; workers have their own limits.
+        autocast: of the trainer's forward.
+
+    Raises:
+        As `WorkerSource`.
+    """
+    if config.workers:
+        return WorkerSource(config, job, policy, autocast=autocast)
+    return OwnSource(
+        open_engine(policy, max_concurrent=max_concurrent, max_tokens=max_tokens, autocast=autocast)
+    )

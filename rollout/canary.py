@@ -1,0 +1,207 @@
+"""The proof that an engine samples from the trainer's policy: the same numbers for the same tokens.
+
+A canary is a few prompts. The engine answers them through its ordinary door, prefill and decode;
+the trainer scores the answers with its own packed forward; the log-probabilities must agree token
+by token. What disagrees stops the run before a step is made of it, and checksums name the tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from model import Packed
+from rollout.sync import difference
+from rollout.types import Completion, Engine, Request, Sampling
+
+# Largest difference of one token's log-probability, in nats, by the type that is multiplied in:
+# fp32 engines are within 1e-5 of the packed forward, and bf16 rounds logits of 8 by 0.03.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+LENGTHS = (3, 17, 70)
+
+Score = Callable[[Sequence[Completion]], Sequence[Sequence[float]]]
+Sums = Callable[[], tuple[Mapping[str, str], Mapping[str, str]]]
+
+
+class ProofError(RuntimeError):
+    """The engine does not hold the policy that the trainer thinks it holds."""
+
+
+@dataclass(frozen=True)
+class Canary:
+    """What is asked after every push.
+
+    Args:
+        prompts: token ids.
+        num_tokens: sampled to each prompt.
+        bound: largest difference of a log-probability, in nats.
+
+    Example:
+        >>> [len(prompt) for prompt in Canary.of(100).prompts]
+        [3, 17, 70]
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    num_tokens: int = 16
+    bound: float = BOUNDS[torch.float32]
+
+    @classmethod
+    def of(
+        cls,
+        vocabulary: int,
+        *,
+        lengths: Sequence[int] = LENGTHS,
+        num_tokens: int = 16,
+        dtype: torch.dtype = torch.float32,
+    ) -> Canary:
+        """Prompts of random tokens, always the same ones.
+
+        Args:
+            dtype: that trainer or engine multiply in, whichever is narrower.
+        """
+        rng = random.Random(0)
+        prompts = tuple(tuple(rng.randrange(vocabulary) for _ in range(n)) for n in lengths)
+        return cls(prompts, num_tokens, BOUNDS[dtype])
+
+    def check(
+        self,
+        engine: Engine,
+        score: Score,
+        *,
+        version: int,
+        sums: Sums | None = None,
+        where: str = "engine",
+    ) -> float:
+        """Asks the engine and the trainer; gives the largest difference in nats.
+
+        Args:
+            score: log-probabilities of the tokens of completions under the trainer's policy, as
+                `trainer_score`.
+            version: that every completion has to carry.
+            sums: `checksums` of what was sent and of what is held, asked only in case of trouble.
+            where: names the engine in messages.
+
+        Raises:
+            ProofError: if the version is another, or the numbers differ by more than the bound.
+        """
+        done = self.ask(engine, version=version, where=where)
+        return self.compare(done, score(done), version=version, sums=sums, where=where)
+
+    def ask(self, engine: Engine, *, version: int, where: str = "engine") -> list[Completion]:
+        """What the engine answers.
+
+        Raises:
+            ProofError: if it answers with another version.
+        """
+        sampling = Sampling(max_new_tokens=self.num_tokens, seed=version)
+        requests = [
+            Request(f"canary-{version}-{n}", prompt, sampling)
+            for n, prompt in enumerate(self.prompts)
+        ]
+        done = engine.generate(requests)
+        stale = next((c for c in done if c.policy_version != version), None)
+        if stale is not None:
+            raise ProofError(
+                f"{where}: the canary came from version {stale.policy_version}, expected "
+                f"{version}; the push did not arrive, so its samples would be stale"
+            )
+        return done
+
+    def compare(
+        self,
+        done: Sequence[Completion],
+        scored: Sequence[Sequence[float]],
+        *,
+        version: int,
+        sums: Sums | None = None,
+        where: str = "engine",
+    ) -> float:
+        """Holds the engine's numbers against the trainer's; gives the largest difference in nats.
+
+        Raises:
+            ProofError: if it is more than the bound.
+        """
+        worst, at = 0.0, ""
+        for completion, row in zip(done, scored, strict=True):
+            for place, (here, there) in enumerate(zip(row, completion.logprobs, strict=True)):
+                gap = abs(here - there)
+                gap = math.inf if math.isnan(gap) else gap
+                if gap > worst:
+                    worst = gap
+                    at = f"{there:.6f} / {here:.6f} at token {place} of {completion.request_id!r}"
+        if worst > self.bound:
+            raise ProofError(
+                f"{where}: log-probabilities of the canary differ from the trainer's by "
+                f"{worst:.3g} nats at version {version}, expected at most {self.bound:g} "
+                f"(engine / trainer: {at}); {_culprit(sums)}"
+            )
+        return worst
+
+
+def _culprit(sums: Sums | None) -> str:
+    if sums is None:
+        return "compare the checksums of its weights with the trainer's"
+    found = difference(*sums())
+    if found:
+        return f"first differing tensor: {found}"
+    return "all checksums agree, so it holds the weights and computes otherwise"
+
+
+def check_sums(
+    sent: Mapping[str, str],
+    held: Mapping[str, str],
+    *,
+    version: int,
+    earlier: Mapping[str, str] | None = None,
+    base: Mapping[str, str] | None = None,
+    where: str = "engine",
+) -> None:
+    """Holds an engine to what was sent, tensor by tensor.
+
+    Args:
+        sent, held, earlier, base: as for `rollout.sync.difference`.
+
+    Raises:
+        ProofError: naming the first tensor that differs.
+    """
+    found = difference(sent, held, earlier=earlier, base=base)
+    if found:
+        raise ProofError(
+            f"{where}: it does not hold version {version}; first differing tensor: {found}"
+        )
+
+
+def trainer_score(model: nn.Module, *, autocast: torch.dtype | None = None) -> Score:
+    """Scores completions with one packed forward at temperature 1, as a trainer's step does.
+
+    Args:
+        model: the trainer's policy, adapters on.
+        autocast: type of the forward on wider weights; None multiplies them as they are.
+    """
+
+    @torch.no_grad()
+    def score(completions: Sequence[Completion]) -> list[list[float]]:
+        device = next(model.parameters()).device
+        rows = [completion.prompt + completion.tokens for completion in completions]
+        packed = Packed.from_sequences(rows, device=device)
+        targets = torch.tensor([t for row in rows for t in (*row[1:], 0)], device=device)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                logprobs = model(packed=packed, targets=targets).logprobs.tolist()
+        finally:
+            model.train(was_training)
+        found, start = [], 0
+        for row, completion in zip(rows, completions, strict=True):
+            end = start + len(row) - 1
+            found.append(logprobs[end - len(completion.tokens) : end])
+            start += len(row)
+        return found
+
+    return score

@@ -1,0 +1,1 @@
+"""The rooms behind the rollout worker: see `rollout.service`."""

@@ -1,0 +1,65 @@
+"""What a rollout worker counts, in Prometheus' form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+
+
+class Metrics:
+    """Counters of one worker; implements `rollout.serving.driver.StepWatch`.
+
+    Example:
+        >>> metrics = Metrics()
+        >>> metrics.step(num_tokens=3, seconds=0.01)
+        >>> b"rollout_tokens_total 3.0" in metrics.text()
+        True
+    """
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        kept = self._registry
+        self._requests = Counter(
+            "rollout_requests", "answered", ["endpoint", "status"], registry=kept
+        )
+        self._seconds = Histogram(
+            "rollout_request_seconds",
+            "from first to last byte",
+            ["endpoint"],
+            buckets=LATENCY_S,
+            registry=kept,
+        )
+        self._tokens = Counter("rollout_tokens", "sampled", registry=kept)
+        self._steps = Histogram(
+            "rollout_step_seconds", "of one turn of the engine", buckets=STEP_S, registry=kept
+        )
+        self._cancelled = Counter("rollout_cancelled", "askers that left", registry=kept)
+        self._samples = Gauge("rollout_samples", "queued or live", registry=kept)
+        self._version = Gauge("rollout_policy_version", "of the weights", registry=kept)
+
+    def read_state(self, samples: Callable[[], int], version: Callable[[], int]) -> None:
+        """Says where the gauges are read when somebody asks."""
+        self._samples.set_function(samples)
+        self._version.set_function(version)
+
+    def request(self, *, endpoint: str, status: int, seconds: float) -> None:
+        """One answered request."""
+        self._requests.labels(endpoint, str(status)).inc()
+        self._seconds.labels(endpoint).observe(seconds)
+
+    def step(self, *, num_tokens: int, seconds: float) -> None:
+        """One turn of the engine."""
+        self._tokens.inc(num_tokens)
+        self._steps.observe(seconds)
+
+    def cancelled(self) -> None:
+        """One asker left before the answer."""
+        self._cancelled.inc()
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self._registry)
