@@ -130,6 +130,46 @@ def tensor_names(config: HybridConfig, layout: Layout) -> tuple[str, ...]:
     return tuple(name for place in plan.values() for names in place.names for name in names)
 
 
+@dataclass(frozen=True)
+class Spot:
+    """Where one tensor of a layout lies in the model in memory.
+
+    Args:
+        native: name in memory.
+        expert: index into the first dimension of a fused tensor; None where it has none.
+        part, num_parts: which of equal parts of the output dimension it is.
+    """
+
+    native: str
+    expert: int | None = None
+    part: int = 0
+    num_parts: int = 1
+
+
+def tensor_spots(config: HybridConfig, layout: Layout) -> dict[str, Spot]:
+    """Name in the layout -> where that tensor lies in the model in memory.
+
+    Raises:
+        ValueError: if the layout is unknown.
+
+    Example:
+        >>> config = HybridConfig(num_hidden_layers=1, num_local_experts=2)
+        >>> name = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
+        >>> tensor_spots(config, "text-01")[name]
+        Spot(native='model.layers.0.mlp.experts.gate_up_proj', expert=1, part=1, num_parts=2)
+    """
+    _check(layout)
+    plan = _plan(config, tied_head=False)
+    if layout == "native":
+        return {name: Spot(name) for name in plan}
+    return {
+        name: Spot(native, expert if place.is_fused else None, part, len(names))
+        for native, place in plan.items()
+        for expert, names in enumerate(place.names)
+        for part, name in enumerate(names)
+    }
+
+
 def write_tensors(
     tensors: Iterable[tuple[str, Tensor]], *, config: HybridConfig, layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
