@@ -88,7 +88,11 @@ class SoftmaxAttention(nn.Module):
     ) -> None:
         super().__init__()
         ranks = get_tensor_model_parallel_world_size()
-        size, heads, groups = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        size, heads, groups = (
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
         self.head_dim = size
         self.qkv_proj = in_place(
             QKVParallelLinear(

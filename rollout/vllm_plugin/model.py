@@ -1,4 +1,4 @@
-"""The network in vLLM's form, top to bottom: the same blocks as `model.hybrid`, on vLLM's caches."""
+"""The network in vLLM's form, top to bottom: the blocks of `model.hybrid` on vLLM's caches."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.sequence import IntermediateTensors
 
 from model import HybridConfig
+from model.config_layouts import read_config
 from model.kernels.norm.op import join
-from model.layouts import read_config
 from model.norm import ResidualNorm, RMSNorm
 from model.rotary import rotary_angles
 from rollout.vllm_plugin.layers import (
@@ -52,7 +52,12 @@ def refuse_unsupported(config: HybridConfig, vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size
     rules: tuple[tuple[str, Any, bool, str], ...] = (
-        ("quantization", vllm_config.model_config.quantization, vllm_config.quant_config is None, "none"),
+        (
+            "quantization",
+            vllm_config.model_config.quantization,
+            vllm_config.quant_config is None,
+            "none",
+        ),
         (
             "speculative_config",
             vllm_config.speculative_config,

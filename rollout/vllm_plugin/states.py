@@ -1,4 +1,4 @@
-"""What vLLM has to know of a lightning layer: shape and type of its states, and each step's rows."""
+"""What vLLM has to know of a lightning layer: its states, and the rows of each step."""
 
 from __future__ import annotations
 

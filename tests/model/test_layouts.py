@@ -11,14 +11,8 @@ from transformers import MiniMaxForCausalLM
 
 from model import HybridConfig, HybridForCausalLM
 from model.config import preset
-from model.layouts import (
-    LAYOUTS,
-    read_config,
-    read_tensors,
-    tensor_names,
-    write_config,
-    write_tensors,
-)
+from model.config_layouts import LAYOUTS, read_config, write_config
+from model.layouts import read_tensors, tensor_names, write_tensors
 
 
 def small(**changes: object) -> HybridConfig:
