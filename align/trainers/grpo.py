@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 import torch
 from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -48,7 +48,20 @@ from align.trainers.dpo import reference_of
 from align.trainers.lm import adapted, fit, open_start
 from model import HybridForCausalLM
 from reward.types import Scorer
-from rollout.types import Sampling
+from rollout.sync import weights
+from rollout.types import Engine, Sampling
+from rollout.vllm_backend import VllmEngine
+
+
+class RolloutConfig(BaseModel):
+    """The engine that samples; both draw the same tokens under a seed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backend: Literal["native", "vllm"] = "native"
+    """native reads the trainer's own weights; vllm holds a copy, pushed before each rollout."""
+    cache_gib: float = Field(default=4.0, gt=0)
+    """Memory for keys, values and states of the vllm backend, 2^30 bytes; native needs none."""
 
 
 class GrpoConfig(TrainConfig):
@@ -76,6 +89,8 @@ class GrpoConfig(TrainConfig):
     """Whose log-probabilities the ratio is taken to; trainer makes the first ratio exactly 1."""
     max_concurrent: int = Field(default=256, ge=1)
     """Responses decoded at once by one process; bounds memory, never changes a result."""
+    rollout: RolloutConfig = RolloutConfig()
+    """What samples."""
 
     @model_validator(mode="after")
     def _samples_with_all_experts(self) -> Self:
@@ -137,15 +152,30 @@ class GrpoCourse:
             else config.epochs * len(prompts.items)
         )
         self.num_steps = -(-self.num_prompts // config.prompts_per_step)
-        self.engine = open_engine(
-            policy,
-            max_concurrent=config.max_concurrent,
-            max_tokens=prompts.max_tokens + config.max_new_tokens,
-            autocast=torch.bfloat16 if config.has_autocast else None,
-        )
+        self.engine = self._open_engine(prompts.max_tokens + config.max_new_tokens)
         # Experience of the rollout's later steps, the next one first.
         self.waiting: list[list[Example]] = []
         self.is_on_policy = True
+
+    def _open_engine(self, max_tokens: int) -> Engine:
+        config = self.config
+        dtype = torch.bfloat16 if config.has_autocast else None
+        if config.rollout.backend == "native":
+            return open_engine(
+                self.policy,
+                max_concurrent=config.max_concurrent,
+                max_tokens=max_tokens,
+                autocast=dtype,
+            )
+        plain = self.policy.get_base_model() if isinstance(self.policy, PeftModel) else self.policy
+        assert isinstance(plain, HybridForCausalLM), "adapters wrap the project's own model"
+        return VllmEngine(
+            plain.config,
+            max_slots=config.max_concurrent,
+            max_tokens=max_tokens,
+            cache_bytes=int(config.rollout.cache_gib * 2**30),
+            dtype=dtype or torch.float32,
+        )
 
     def step(self, index: int) -> Step:
         """This process's share of step `index`; samples a new rollout when the last is used up."""
@@ -214,7 +244,10 @@ class GrpoCourse:
         covered = range(index, min(index + config.updates_per_rollout, self.num_steps))
         prompts = [self.prompts_of(step) for step in covered]
         own = [prompt for of_step in prompts for prompt in of_step[rank::world]]
-        self.engine.policy_version = index
+        if config.rollout.backend == "native":
+            self.engine.policy_version = index
+        else:
+            self.engine.update_weights(weights(self.policy), index)
         groups = answer(
             self.engine,
             own,
@@ -345,4 +378,5 @@ def run(config: GrpoConfig, job: Job) -> Outcome:
         config, job, policy=policy, reference=reference, prompts=prompts, tools=tools
     )
     metrics = fit(course, policy, tokenizer, config=config, job=job)
+    course.engine.close()
     return Outcome(metrics, prompts.data)

@@ -8,6 +8,7 @@ stay where they were loaded, in one piece: a push copies into them.
 from __future__ import annotations
 
 import copy
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +50,19 @@ from rollout.vllm_plugin.states import (
 Angles = tuple[Tensor, Tensor]
 
 
+class _Weighed(Protocol):
+    """A layer of vLLM's that holds one weight."""
+
+    weight: Tensor
+
+
 class InPlaceLinear(UnquantizedLinearMethod):
     """Multiplies by the weight itself: vLLM on a CPU would pack a copy and free the weight."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing: the weight is used as it was loaded."""
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: _Weighed, x: Tensor, bias: Tensor | None = None) -> Tensor:
         assert bias is None, "no projection of this model has a bias"
         return linear(x, layer.weight)
 
@@ -69,7 +76,7 @@ class InPlaceHead(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing: the weight is used as it was loaded."""
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: _Weighed, x: Tensor, bias: Tensor | None = None) -> Tensor:
         assert bias is None, "the LM head has no bias"
         return head_logits(x, layer.weight, head_fp32=self.head_fp32)
 
@@ -146,6 +153,9 @@ class GatedNorm(nn.Module):
 
 class LightningAttention(nn.Module, MambaBase):
     """Lightning attention on fp32 states that vLLM keeps as it keeps Mamba's."""
+
+    # vLLM's pages of this layer, bound before the first step: (states [slots, H / ranks, D, D],)
+    kv_cache: tuple[Tensor, ...]
 
     def __init__(
         self, config: HybridConfig, layer: int, vllm_config: VllmConfig, prefix: str

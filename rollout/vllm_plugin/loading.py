@@ -6,7 +6,8 @@ is copied into the weight's own memory, whole or not at all, and nothing is pack
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,7 +27,8 @@ class Loader:
     """
 
     def __init__(self, model: nn.Module, config: HybridConfig, *, rank: int, ranks: int) -> None:
-        self.params = dict(model.named_parameters())
+        # those of vLLM's layers carry its own `weight_loader`
+        self.params: dict[str, Any] = dict(model.named_parameters())
         self.config, self.rank, self.ranks = config, rank, ranks
         self.spots = {**tensor_spots(config, "transformers-disk"), **tensor_spots(config, "native")}
 
@@ -50,6 +52,23 @@ class Loader:
                 )
             touched.add(self._copy(name, spot, tensor))
         return touched
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its name in `HybridForCausalLM`, as this rank holds it; views."""
+        config, ranks = self.config, self.ranks
+        q = config.num_attention_heads // ranks * config.head_dim
+        kv = max(config.num_key_value_heads // ranks, 1) * config.head_dim
+        for name in tensor_spots(config, "native"):
+            module, _, kind = name.removesuffix(".weight").rpartition(".")
+            if kind in QKV:
+                whole = self.params[f"{module}.qkv_proj.weight"].data
+                yield name, whole.split([q, kv, kv])[QKV.index(kind)]
+            elif name in (EMBEDDINGS, HEAD):
+                # vLLM pads the vocabulary
+                held = self.params[name].data
+                yield name, held[: config.vocab_size] if ranks == 1 else held
+            else:
+                yield name, self.params[name].data
 
     def _copy(self, name: str, spot: Spot, tensor: Tensor) -> str:
         module, _, kind = spot.native.removesuffix(".weight").rpartition(".")

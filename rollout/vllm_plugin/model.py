@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -197,6 +197,10 @@ class HybridForVllm(nn.Module, HasInnerState, IsHybrid):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Copies weights in place, at the start or while the engine runs; see `Loader.load`."""
         return self.loader.load(weights)
+
+    def held_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight of this rank by the name it has in `HybridForCausalLM`; views, no copies."""
+        return self.loader.held()
 
     @classmethod
     def get_mamba_state_shape_from_config(
