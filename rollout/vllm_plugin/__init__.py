@@ -7,6 +7,8 @@ model is imported when a checkpoint asks for it.
     layers.py    attention, lightning and experts, cut over tensor parallel ranks
     states.py    what vLLM has to know of a lightning layer's states
     loading.py   a stream of weights into the network, at the start and while it runs
+    draws.py     the project's sampler in place of vLLM's, for `rollout.vllm_backend`
+    published.py the config.json of MiniMax-Text-01 and M1
 """
 
 # `MiniMaxForCausalLM` is what this project writes; the others are the published checkpoints.
@@ -17,5 +19,8 @@ def register() -> None:
     """Names the model to vLLM, by a string: nothing of it is imported yet."""
     from vllm.model_executor.models import ModelRegistry
 
+    from rollout.vllm_plugin.published import register_published
+
+    register_published()
     for name in ARCHITECTURES:
         ModelRegistry.register_model(name, "rollout.vllm_plugin.model:HybridForVllm")

