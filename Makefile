@@ -27,9 +27,10 @@ demo: setup
 test: setup
 	$(PYTEST) -n 2 -m "not slow and not multi and not gpu"
 
-test-all: setup test-vllm
+test-all: setup
 	$(PYTEST) -n 2 -m "not multi and not gpu"
 	$(PYTEST) -m "multi and not gpu"
+	$(MAKE) test-vllm
 
 # vLLM pins what it stands on, so it has an environment of its own: the build for CPUs where no GPU
 # is. Its torchvision, torchaudio and torchcodec do not fit torch for CPUs and break its imports.

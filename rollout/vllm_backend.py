@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,13 @@ from rollout.types import Completion, Finish, Request
 if TYPE_CHECKING:
     from rollout.vllm_plugin.draws import Draws, Odds
 
+# of a request and its sampling; whatever else they come to have must stand at its default
+HONOURED = frozenset(
+    (
+        *("request_id", "prompt", "sampling", "num_samples", "max_new_tokens", "temperature"),
+        *("top_p", "top_k", "min_p", "seed", "stop_token_ids"),
+    )
+)
 NEVER_PUSHED = "engine: it holds no weights yet; call update_weights first"
 
 
@@ -168,6 +176,15 @@ class VllmEngine:
                 f"request {request.request_id!r}: token {bad} is outside the model's vocabulary of "
                 f"{vocabulary}; render it with the model's own tokenizer"
             )
+
+        for part in (request, request.sampling):
+            for field in fields(part):
+                value = getattr(part, field.name)
+                if field.name not in HONOURED and value != field.default:
+                    raise ValueError(
+                        f"request {request.request_id!r}: {field.name} = {value!r}, expected "
+                        f"{field.default!r}: vLLM does not do it here; use the native engine"
+                    )
 
     def _draws(self) -> Draws:
         from rollout.vllm_plugin.draws import Draws

@@ -6,10 +6,10 @@ is copied into the weight's own memory, whole or not at all, and nothing is pack
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import HybridConfig
 from model.layouts import DERIVED, EMBEDDINGS, HEAD, Spot, tensor_spots
@@ -18,17 +18,19 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 
 class Loader:
-    """Copies weights into a model by name.
+    """Copies weights into a network by name.
 
     Args:
-        model: names as in memory, but for a softmax layer's q, k and v, which are one projection.
+        params: this rank's cut of every weight by its name in memory, but a softmax layer's q, k and
+            v are one projection; that one and the embeddings carry vLLM's own `weight_loader`.
         config: of the whole model.
         rank, ranks: which cut of heads and inner dimensions this process holds.
     """
 
-    def __init__(self, model: nn.Module, config: HybridConfig, *, rank: int, ranks: int) -> None:
-        # those of vLLM's layers carry its own `weight_loader`
-        self.params: dict[str, Any] = dict(model.named_parameters())
+    def __init__(
+        self, params: Mapping[str, Any], config: HybridConfig, *, rank: int, ranks: int
+    ) -> None:
+        self.params = params
         self.config, self.rank, self.ranks = config, rank, ranks
         self.spots = {**tensor_spots(config, "transformers-disk"), **tensor_spots(config, "native")}
 

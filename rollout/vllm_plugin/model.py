@@ -170,7 +170,7 @@ class HybridForVllm(nn.Module, HasInnerState, IsHybrid):
         self.requires_grad_(False)
         self.eval()
         self.loader = Loader(
-            self,
+            dict(self.named_parameters()),
             config,
             rank=get_tensor_model_parallel_rank(),
             ranks=get_tensor_model_parallel_world_size(),

@@ -26,6 +26,8 @@ def test_vllm_opens_the_layout(
     tmp_path: Path, layout: str, ranks: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # otherwise vLLM wants a memory node for each rank
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     from vllm import LLM, SamplingParams
 
     torch.manual_seed(0)
