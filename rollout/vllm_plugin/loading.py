@@ -21,8 +21,8 @@ class Loader:
     """Copies weights into a network by name.
 
     Args:
-        params: this rank's cut of every weight by its name in memory, but a softmax layer's q, k and
-            v are one projection; that one and the embeddings carry vLLM's own `weight_loader`.
+        params: this rank's cut of every weight by its name in memory, but q, k and v of a softmax
+            layer are one projection; it and the embeddings carry vLLM's own `weight_loader`.
         config: of the whole model.
         rank, ranks: which cut of heads and inner dimensions this process holds.
     """
