@@ -46,11 +46,10 @@ from align.prompts import (
 )
 from align.trainers.dpo import reference_of
 from align.trainers.lm import adapted, fit, open_start
+from align.vllm_source import VllmSource
 from model import HybridForCausalLM
 from reward.types import Scorer
-from rollout.sync import weights
 from rollout.types import Engine, Sampling
-from rollout.vllm_backend import VllmEngine
 
 
 class RolloutConfig(BaseModel):
@@ -152,30 +151,26 @@ class GrpoCourse:
             else config.epochs * len(prompts.items)
         )
         self.num_steps = -(-self.num_prompts // config.prompts_per_step)
-        self.engine = self._open_engine(prompts.max_tokens + config.max_new_tokens)
+        max_tokens = prompts.max_tokens + config.max_new_tokens
+        dtype = torch.bfloat16 if config.has_autocast else None
+        self.vllm: VllmSource | None = None
+        self.engine: Engine
+        if config.rollout.backend == "vllm":
+            self.vllm = VllmSource(
+                policy,
+                max_concurrent=config.max_concurrent,
+                max_tokens=max_tokens,
+                cache_bytes=int(config.rollout.cache_gib * 2**30),
+                autocast=dtype,
+            )
+            self.engine = self.vllm.engine
+        else:
+            self.engine = open_engine(
+                policy, max_concurrent=config.max_concurrent, max_tokens=max_tokens, autocast=dtype
+            )
         # Experience of the rollout's later steps, the next one first.
         self.waiting: list[list[Example]] = []
         self.is_on_policy = True
-
-    def _open_engine(self, max_tokens: int) -> Engine:
-        config = self.config
-        dtype = torch.bfloat16 if config.has_autocast else None
-        if config.rollout.backend == "native":
-            return open_engine(
-                self.policy,
-                max_concurrent=config.max_concurrent,
-                max_tokens=max_tokens,
-                autocast=dtype,
-            )
-        plain = self.policy.get_base_model() if isinstance(self.policy, PeftModel) else self.policy
-        assert isinstance(plain, HybridForCausalLM), "adapters wrap the project's own model"
-        return VllmEngine(
-            plain.config,
-            max_slots=config.max_concurrent,
-            max_tokens=max_tokens,
-            cache_bytes=int(config.rollout.cache_gib * 2**30),
-            dtype=dtype or torch.float32,
-        )
 
     def step(self, index: int) -> Step:
         """This process's share of step `index`; samples a new rollout when the last is used up."""
@@ -244,10 +239,10 @@ class GrpoCourse:
         covered = range(index, min(index + config.updates_per_rollout, self.num_steps))
         prompts = [self.prompts_of(step) for step in covered]
         own = [prompt for of_step in prompts for prompt in of_step[rank::world]]
-        if config.rollout.backend == "native":
+        if self.vllm is None:
             self.engine.policy_version = index
         else:
-            self.engine.update_weights(weights(self.policy), index)
+            self.vllm.refresh(index)
         groups = answer(
             self.engine,
             own,

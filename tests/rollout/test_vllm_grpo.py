@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from align.data.rows import Origin, PromptRow
 from align.data.sources import DataConfig
@@ -16,7 +17,9 @@ from align.losses.policy import PolicyLossConfig
 from align.optim import OptimConfig
 from align.prompts import Prompt, Prompts
 from align.trainers.grpo import GrpoConfig, GrpoCourse, RolloutConfig, Tools
+from align.vllm_source import VllmSource
 from reward.types import Item, Score
+from rollout.vllm_backend import VllmEngine
 from tests.align import small
 
 pytest.importorskip("vllm", reason="vllm is not installed here; run make test-vllm")
@@ -81,3 +84,32 @@ def test_ten_steps_give_the_native_engines_losses(tmp_path: Path, lora: bool):
         for key in ("loss", "reward/mean"):
             assert abs(one[key] - other[key]) <= 1e-4, (key, one["step"])
         assert other["engine/gap_max"] <= 1e-4
+
+
+def test_permuted_expert_and_stale_weights_are_found_at_the_push(monkeypatch: pytest.MonkeyPatch):
+    policy = small.model(head_dim=32, rotary_dim=16)
+    source = VllmSource(policy, max_concurrent=4, max_tokens=64, cache_bytes=2**28)
+    source.refresh(0)
+    victim = "model.layers.1.mlp.experts.down_proj"
+    pushed = VllmEngine.update_weights
+
+    def permuted(engine, stream, version):
+        pushed(engine, ((n, t.flip(0) if n == victim else t) for n, t in stream), version)
+
+    monkeypatch.setattr(VllmEngine, "update_weights", permuted)
+    with pytest.raises(RuntimeError, match=f"does not hold version 1; first .* '{victim}"):
+        source.refresh(1)
+
+    def nothing(engine, stream, version):
+        engine.policy_version = version
+
+    with torch.no_grad():
+        policy.model.norm.weight.mul_(2)
+    monkeypatch.setattr(VllmEngine, "update_weights", pushed)
+    source.refresh(2)
+    with torch.no_grad():
+        policy.model.norm.weight.mul_(2)
+    monkeypatch.setattr(VllmEngine, "update_weights", nothing)
+    with pytest.raises(RuntimeError, match=r"first differing tensor: 'model\.norm\.weight'"):
+        source.refresh(3)
+    source.engine.close()
