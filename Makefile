@@ -43,7 +43,7 @@ $(VLLM_STAMP): pyproject.toml constraints.txt
 	touch $(VLLM_STAMP)
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm*.py
 
 lint: setup
 	$(BIN)/ruff check .
