@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,6 +150,14 @@ def test_requests_that_can_never_run_are_refused(engine):
         engine.generate([Request("a", prompt(1270), Sampling(max_new_tokens=24))])
     with pytest.raises(ValueError, match="request 'b': token 200 is outside"):
         engine.generate([Request("b", (1, 200))])
+
+    @dataclass(frozen=True)
+    class Wider(Request):
+        with_more: bool = False
+
+    engine.generate([Wider("c", (1, 2), Sampling(max_new_tokens=1))])
+    with pytest.raises(ValueError, match="request 'c': with_more = True, expected False: vLLM"):
+        engine.generate([Wider("c", (1, 2), with_more=True)])
 
 
 def test_running_engine_takes_the_names_on_disk_too(model, engine, tmp_path: Path):
