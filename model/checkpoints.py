@@ -228,8 +228,8 @@ def describe_foreign(config: HybridConfig, layout: PublicLayout) -> tuple[str, .
     """What the foreign readers of a layout compute otherwise, one line each; often empty.
 
     Example:
-        >>> describe_foreign(HybridConfig(num_hidden_layers=2, rotary_dim=None), "vllm")[0][:28]
-        'vLLM 0.23 adds 1e-5 in the n'
+        >>> describe_foreign(HybridConfig(num_hidden_layers=2), "vllm")
+        ('vLLM 0.23 adds 1e-5 in the lightning norm',)
     """
     full_rotary = config.rotary_dim in (None, config.head_dim)
     rules: Mapping[str, tuple[tuple[bool, str], ...]] = {
