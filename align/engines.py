@@ -1,4 +1,4 @@
-"""Where a trainer's samples come from: an engine on its own weights, or workers that are sent them.
+"""Where a trainer's samples come from: an engine on its own weights, vLLM, or workers sent them.
 
 Whoever sends weights proves them: checksums of every tensor, then a canary whose log-probabilities
 the trainer's own forward has to give as well, on each worker. What fails stops the run before a
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from align.course import Job
 from align.prompts import open_engine
+from align.vllm_source import VllmSource
 from model import HybridForCausalLM
 from rollout.canary import BOUNDS, Canary, trainer_score
 from rollout.client import RemoteEngine
@@ -40,6 +41,11 @@ class RolloutConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    backend: Literal["native", "vllm"] = "native"
+    """The engine in the trainer; both draw the same tokens under a seed. native reads the trainer's
+    own weights; vllm holds a copy, pushed and proved before each rollout."""
+    cache_gib: float = Field(default=4.0, gt=0)
+    """Memory for keys, values and states of the vllm backend, 2^30 bytes; native needs none."""
     workers: tuple[str, ...] = ()
     """Addresses of rollout workers (`align serve-rollout`); none samples in the trainer itself."""
     folder: str = ""
@@ -59,7 +65,13 @@ class RolloutConfig(BaseModel):
 
     @model_validator(mode="after")
     def _workers_are_needed(self) -> Self:
-        unused = self.model_fields_set - {"workers"}
+        own = {"backend", "cache_gib"} & self.model_fields_set
+        if self.workers and own:
+            raise ValueError(
+                f"rollout.{min(own)} says something of the engine in the trainer, and "
+                "rollout.workers sample; remove one of them"
+            )
+        unused = self.model_fields_set - {"workers", "backend", "cache_gib"}
         if not self.workers and unused:
             raise ValueError(
                 f"rollout.{min(unused)} says something of workers, and rollout.workers is empty; "
@@ -242,6 +254,14 @@ def open_source(
     """
     if config.workers:
         return WorkerSource(config, job, policy, autocast=autocast)
+    if config.backend == "vllm":
+        return VllmSource(
+            policy,
+            max_concurrent=max_concurrent,
+            max_tokens=max_tokens,
+            cache_bytes=int(config.cache_gib * 2**30),
+            autocast=autocast,
+        )
     return OwnSource(
         open_engine(policy, max_concurrent=max_concurrent, max_tokens=max_tokens, autocast=autocast)
     )

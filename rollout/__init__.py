@@ -2,6 +2,8 @@
 
     types.py      Sampling, Request, Completion, and the Engine protocol
     native/       the engine on this project's own model: scheduler, sampler, engine
+    vllm_plugin/, vllm_backend.py
+                  the same network in vLLM, and the same draws
     sync.py       weights from a trainer to an engine, and checksums to prove it
     transport.py  the same over files and by broadcast
     canary.py     the proof: log-probabilities of trainer and engine, token by token

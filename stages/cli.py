@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -304,16 +304,28 @@ def ledger(stage: Folder, traceback: Traceback = False) -> None:
 def export(
     policy: Folder,
     folder: Annotated[Path, typer.Argument(help="Where the checkpoint shall stand.")],
+    *,
+    to: Annotated[
+        Literal["transformers", "vllm", "text-01"],
+        typer.Option(help="Who reads it; vllm is vLLM's own loader, up to 0.23."),
+    ] = "transformers",
     bf16: Annotated[bool, typer.Option("--bf16", help="Round the weights to bf16.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Open it again and compare log-probs.")
+    ] = True,
     traceback: Traceback = False,
 ) -> None:
-    """Writes a policy as one plain checkpoint, its adapters merged."""
+    """Writes a policy, or any such checkpoint, as one plain folder, its adapters merged."""
     with _guarded(traceback):
         import torch
 
-        from stages.commands import export_policy
+        from model.checkpoints import describe_foreign, read_folder_config
+        from stages.export import LAYOUT_OF, export_policy
 
-        export_policy(policy, folder, dtype=torch.bfloat16 if bf16 else torch.float32)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        export_policy(policy, folder, dtype=dtype, to=to, verify=verify)
+        for line in describe_foreign(read_folder_config(folder)[0], LAYOUT_OF[to]):
+            typer.echo(f"note: {line}", err=True)
         typer.echo(str(folder))
 
 

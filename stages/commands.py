@@ -1,9 +1,8 @@
-"""What the small commands do: evals by name, answers, scores, export."""
+"""What the small commands do: evals by name, answers, scores."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,19 +14,10 @@ from rich.table import Table
 from align.data.render import render_prompt
 from align.evals.reward_artifact import open_scorer
 from align.evals.types import EvalResult, pick_device
-from align.policy import load_policy, save_policy
+from align.policy import load_policy
 from reward.types import Item, Message
 from rollout.native.engine import NativeEngine
 from rollout.types import Request, Sampling
-from stages.artifact import (
-    START,
-    Artifact,
-    Facts,
-    Parent,
-    find_artifact,
-    package_versions,
-    publish,
-)
 from stages.document import nearest
 from stages.recipe import Recipe
 
@@ -111,39 +101,3 @@ def _item(file: Path, number: int, line: str) -> Item:
             f"{file}:{number}: not an item ({error}); expected a JSON object with messages and "
             "response"
         ) from error
-
-
-def export_policy(policy: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> Artifact:
-    """Writes a policy as full weights in public names, adapters merged, with its tokenizer.
-
-    The copy is an artifact itself: its manifest names the policy it was made from, and carries that
-    policy's data, licences and metrics on.
-
-    Args:
-        dtype: of the weights on disk.
-
-    Raises:
-        ValueError: the folder holds something already, or `policy` is no policy.
-    """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: is not empty; choose a new folder")
-    source = find_artifact(policy)
-    model, tokenizer = load_policy(policy, dtype=dtype)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_policy(model, tokenizer, temporary)
-    if folder.exists():
-        folder.rmdir()
-    told = source.manifest if source else None
-    parents = {START: Parent(stage=told.stage, digest=told.digest)} if told else {}
-    facts = Facts(
-        stage=told.stage if told else policy.name,
-        kind="export",
-        gives="policy",
-        inputs={"dtype": str(dtype).removeprefix("torch.")},
-        parents=parents,
-        data=told.data if told else (),
-        metrics=told.metrics if told else {},
-        versions=package_versions(),
-    )
-    return publish(temporary, folder, facts)

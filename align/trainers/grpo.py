@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 import torch
 from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -83,7 +83,7 @@ class GrpoConfig(TrainConfig):
     max_concurrent: int = Field(default=256, ge=1)
     """Responses decoded at once by one process; bounds memory, never changes a result."""
     rollout: RolloutConfig = RolloutConfig()
-    """Who samples: the trainer itself, or workers."""
+    """Who samples: the trainer itself, vLLM beside it, or workers."""
 
     @model_validator(mode="after")
     def _samples_with_all_experts(self) -> Self:

@@ -11,14 +11,8 @@ from transformers import MiniMaxForCausalLM
 
 from model import HybridConfig, HybridForCausalLM
 from model.config import preset
-from model.layouts import (
-    LAYOUTS,
-    read_config,
-    read_tensors,
-    tensor_names,
-    write_config,
-    write_tensors,
-)
+from model.config_layouts import LAYOUTS, read_config, write_config
+from model.layouts import read_tensors, tensor_names, tensor_spots, write_tensors
 
 
 def small(**changes: object) -> HybridConfig:
@@ -111,6 +105,18 @@ def test_written_experts_can_be_saved_and_opened(tmp_path: Path):
     )
     model = HybridForCausalLM.from_pretrained(tmp_path)
     assert_bitwise(dict(model.state_dict()), weights)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_spots_say_where_each_tensor_lies_in_memory(layout: str):
+    config = small()
+    weights = weights_of(config)
+    spots = tensor_spots(config, layout)
+    for name, tensor in write_tensors(weights.items(), config=config, layout=layout):
+        spot = spots.pop(name)
+        whole = weights[spot.native] if spot.expert is None else weights[spot.native][spot.expert]
+        assert torch.equal(whole.chunk(spot.num_parts)[spot.part], tensor), name
+    assert not spots
 
 
 def test_fused_tensor_comes_out_with_its_last_part():
