@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from reward.types import Score, Verdict
 from reward.verifiers import VERIFIERS
 
+OVERALL = "overall"
 DimensionName = Literal["correctness", "truthfulness", "helpfulness", "harmlessness"]
 
 
@@ -83,6 +84,12 @@ class Dimension(BaseModel):
             raise ValueError(f"floor = {self.floor:g}, expected at most ceiling = {self.ceiling:g}")
         return self
 
+    @property
+    def head_shares(self) -> dict[str, float]:
+        """Share of each of its heads in the mean of them all; empty if rules alone judge it."""
+        heads = {name: signal.weight for name, signal in self.signals.items() if signal.head}
+        return {name: weight / sum(heads.values()) for name, weight in heads.items()}
+
 
 class Hierarchy(BaseModel):
     """The declared tree.
@@ -115,7 +122,7 @@ class Hierarchy(BaseModel):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"{kind} {', '.join(twice)} stands twice; keep it in one place")
-        if "overall" in signals:
+        if OVERALL in signals:
             raise ValueError("signal 'overall' is the name of the whole score; choose another name")
         return self
 
@@ -128,6 +135,32 @@ class Hierarchy(BaseModel):
             for name, signal in dimension.signals.items()
             if signal.head
         )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What a pair's label may speak about: a head, a dimension, or the whole score.
+
+        A name that is a head's and a dimension's means the head.
+
+        Example:
+            >>> HIERARCHY.labels
+            ('correctness', 'constraints', 'style', 'harmlessness', 'helpfulness', 'overall')
+        """
+        dimensions = (
+            name
+            for name, dimension in self.dimensions.items()
+            if dimension.head_shares and name not in self.heads
+        )
+        return (*self.heads, *dimensions, OVERALL)
+
+    def phase(self, label: str) -> int:
+        """0 for a label of one head, 1 of a dimension, 2 of the whole score.
+
+        Example:
+            >>> [HIERARCHY.phase(label) for label in ("style", "helpfulness", "overall")]
+            [0, 1, 2]
+        """
+        return 0 if label in self.heads else 2 if label == OVERALL else 1
 
     @property
     def version(self) -> str:

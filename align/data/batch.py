@@ -63,13 +63,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt as examples; `signal` and `difficulty` as in PreferenceRow."""
+    """Two answers to one prompt as examples; the labels as in PreferenceRow, and their source."""
 
     chosen: Example
     rejected: Example
     signal: str = "overall"
     difficulty: float = 0.5
     margin: float = 0.0
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -327,5 +327,5 @@ def test_wrong_artifacts_are_refused(ask: Any) -> None:
     with pytest.raises(ValueError, match="is a reward model, expected a policy"):
         ask({"kind": "math"}, policy="reward")
     pair = {**TASK, "signal": "beauty"}
-    with pytest.raises(ValueError, match="signal 'beauty', expected one of"):
+    with pytest.raises(ValueError, match="signal = 'beauty', expected one of"):
         ask({"kind": "preference", "data": [pair]}, policy="reward")
