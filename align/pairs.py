@@ -87,18 +87,20 @@ def pair_accuracy(
     *,
     curriculum: CurriculumConfig | None = None,
     batch_tokens: int = 16384,
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> PairAccuracy:
     """Accuracy of a reward model on labelled pairs, by label and by difficulty.
 
     Args:
         curriculum: how difficulty is measured; None takes the default weights.
         batch_tokens: tokens per forward pass; changes memory, not the result.
+        precision: as in `pair_leads`.
 
     Raises: ValueError if there is no pair, or as `pair_leads`.
     """
     if not pairs:
         raise ValueError("pair_accuracy: no pairs, expected one or more; check the dev split")
-    leads = pair_leads(model, pairs, batch_tokens=batch_tokens)
+    leads = pair_leads(model, pairs, batch_tokens=batch_tokens, precision=precision)
     wins = [won(lead) for lead in leads]
     signals: dict[str, list[float]] = {}
     buckets: dict[str, list[float]] = {}

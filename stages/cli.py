@@ -192,6 +192,22 @@ def score(
             typer.echo(json.dumps(line, sort_keys=True))
 
 
+@app.command()
+def question(reward: Folder, as_json: Json = False, traceback: Traceback = False) -> None:
+    """Shows what a reward artifact answered: reliability by slice, biases, agreement with rules."""
+    with _guarded(traceback):
+        from rich.console import Console
+
+        from stages.question import question_tables, read_questions
+
+        told = read_questions(reward)
+        if as_json:
+            _show(told)
+            return
+        for table in question_tables(told):
+            Console().print(table)
+
+
 @app.command("serve-reward")
 def serve_reward(
     reward: Folder,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from align.evals.reward_artifact import open_scorer, open_tokenizer
 from align.queries import query_reader
+from align.questions import read_calibration
 from reward.service import Server, create_app, listen
 from reward.serving.batching import Limits
 from reward.serving.judging import Service, Settings
@@ -51,6 +53,9 @@ def serve_reward(
         label_verifier=label_verifier,
         read_text=query_reader(open_tokenizer(reward)),
     )
+    calibration = read_calibration(reward)
+    if calibration is not None:
+        settings = replace(settings, calibrate=calibration.overall.probability)
     service = Service(scorer, settings)
     with listen(host, port) as sock:
         bound = sock.getsockname()[1]

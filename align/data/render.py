@@ -87,6 +87,7 @@ def render_preference(row: PreferenceRow, tokenizer: PreTrainedTokenizerBase) ->
         difficulty=row.difficulty,
         margin=row.margin,
         source=row.origin.name,
+        rules=row.items(),
     )
 
 

@@ -45,12 +45,15 @@ from align.pairs import (
     prompt_lengths,
     to_end_of_turn,
 )
+from align.questions import ask, calibrate, write_questions
 from align.trainers.lm import FixedCourse, open_start
 from model import HybridForCausalLM
 from model.packed import sent
+from reward.calibration import Method
 from reward.curriculum import CurriculumConfig, PairFacts
 from reward.hierarchy import HIERARCHY, OVERALL, Hierarchy
 from reward.model import RewardModel
+from reward.sandbox import Sandbox
 
 REPORT_FILE = "held_out.json"
 RECORD_FILE = "curriculum.jsonl"
@@ -72,6 +75,8 @@ class RewardConfig(TrainConfig):
     """Probability that a label is wrong."""
     centring: float = Field(default=0.01, ge=0)
     """Weight of the squared sum of a pair's two values, which keeps them around 0."""
+    calibration: Method | Literal["none"] = "temperature"
+    """How chances are fitted on the held-out pairs: heads by a temperature, the total by this."""
     margin_scale: float = Field(default=0.0, ge=0)
     """The chosen answer should lead by this times the label's margin, in logits."""
 
@@ -242,7 +247,8 @@ def run(config: RewardConfig, job: Job) -> Outcome:
     check_labels((*pairs, *dev), model.labels)
     _check_heads(config, pairs)
     measure = None if config.curriculum == "none" else config.curriculum
-    before = pair_accuracy(model, dev, curriculum=measure)
+    precision = partial(autocast, config, job.accelerator)
+    before = pair_accuracy(model, dev, curriculum=measure, precision=precision)
     course = LessonCourse(
         trained,
         job.accelerator,
@@ -258,13 +264,29 @@ def run(config: RewardConfig, job: Job) -> Outcome:
         # fp32: small updates vanish when added in bf16.
         adapters.float()
         model.trunk = adapters.merge_and_unload(safe_merge=True)
-    after = pair_accuracy(model, dev, curriculum=measure)
+    calibration = None
+    if config.calibration != "none":
+        calibration = calibrate(model, dev, method=config.calibration, precision=precision)
+    after = pair_accuracy(model, dev, curriculum=measure, precision=precision)
+    found = None
+    if calibration is not None:
+        found = ask(
+            model,
+            dev,
+            tokenizer,
+            method=calibration.overall.method,
+            curriculum=measure,
+            precision=precision,
+            sandbox=Sandbox(job.sandbox),
+        )
     then = _gathered(course.ledger.margins(), job.accelerator)
-    later = pair_leads(model, pairs)
+    later = pair_leads(model, pairs, precision=precision)
     if job.accelerator.is_main_process:
         model.save(job.artifact)
         tokenizer.save_pretrained(job.artifact)
         _write_report(job.artifact / REPORT_FILE, before, after)
+        if calibration is not None and found is not None:
+            write_questions(job.artifact, found, calibration)
         lines = (json.dumps(asdict(line)) + "\n" for line in lessons.record(then, later))
         (job.artifact / RECORD_FILE).write_text("".join(lines), encoding="utf-8")
     job.accelerator.wait_for_everyone()
