@@ -45,10 +45,11 @@ from align.data.sources import DataConfig, prompt_text, read_rows
 from align.data.supply import write_rows
 from align.data.tokenizer import train_tokenizer
 from align.evals.reward_artifact import open_tokenizer
-from align.pairs import BUCKETS, bucket, pair_leads, won
+from align.pairs import BUCKETS, pair_facts, pair_leads, won
 from align.policy import save_policy
 from align.trainers import lm, reward
 from model import HybridForCausalLM, preset
+from reward.curriculum import CurriculumConfig, difficulty
 from reward.model import RewardModel
 
 # name -> file, and what its labels speak about
@@ -209,7 +210,8 @@ def train(folder: Path, arm: str, seed: int, options: argparse.Namespace) -> Non
         pairs = [p for p in pairs if len(p.chosen.tokens) + len(p.rejected.tokens) <= CAPACITY]
         leads = pair_leads(model, pairs, precision=lambda: reward.autocast(config, job.accelerator))
         found[name] = [
-            (bucket(pair, model.hierarchy), lead) for pair, lead in zip(pairs, leads, strict=True)
+            (difficulty(pair_facts(pair, model.hierarchy), CurriculumConfig()), lead)
+            for pair, lead in zip(pairs, leads, strict=True)
         ]
     told = {"metrics": outcome.metrics, "leads": found, "pacing": pacing_told(job.artifact)}
     (job.folder / "leads.json").write_text(json.dumps(told), encoding="utf-8")
@@ -301,11 +303,19 @@ def tables(folder: Path, options: argparse.Namespace) -> Iterator[Table]:
 
 
 def groups(leads: Mapping[str, Sequence[Any]]) -> dict[str, list[tuple[str, int]]]:
-    """Pairs of each line of the table, by source and index."""
-    found: dict[str, list[tuple[str, int]]] = {}
+    """Pairs of each line of the table, by source and index.
+
+    Easy, medium and hard are thirds of a label's pairs by difficulty, as near as equal ones allow.
+    """
+    labelled: dict[str, list[tuple[float, str, int]]] = {}
     for name, pairs in leads.items():
         label = SOURCES[name][1] if name in SOURCES else name
-        for index, (hard, _) in enumerate(pairs):
+        known = labelled.setdefault(label, [])
+        known += [(hard, name, index) for index, (hard, _) in enumerate(pairs)]
+    found: dict[str, list[tuple[str, int]]] = {}
+    for label, known in labelled.items():
+        for place, (_, name, index) in enumerate(sorted(known)):
+            hard = BUCKETS[len(BUCKETS) * place // len(known)]
             lines = [label, f"{label}, {hard}"]
             if name in SOURCES:
                 lines += ["all", f"all, {hard}"]
