@@ -113,7 +113,10 @@ class InProcessScorer:
 
         Raises: ValueError for wrong data (an unknown rule, a rule the tree does not hold).
         """
-        rules = self.rule_signals(items)
+        rules = [
+            found | self.pattern_signals(item)
+            for item, found in zip(items, self.rule_signals(items), strict=True)
+        ]
         if self._model is None:
             return [self.combine(found, None) for found in rules]
         encoded = [self.encode(item) for item in items]
@@ -137,6 +140,10 @@ class InProcessScorer:
         ruled = [item for item in items if item.verifier]
         verdicts = iter(verify_all(ruled, self._sandbox) if ruled else [])
         return [{rule_key(i.verifier): next(verdicts)} if i.verifier else {} for i in items]
+
+    def pattern_signals(self, item: Item) -> dict[str, Verdict]:
+        """What of the response the tree forbids; needs no other item and no waiting."""
+        return self.hierarchy.patterns(item.response)
 
     def encode(self, item: Item) -> Encoded:
         """The item's tokens; () without a reward model.

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.data.files import local_files
+from align.data.files import NamedFile, local_files
 from align.loop import TrainConfig
 from model.config import PRESETS, preset
 from stages.artifact import START
 from stages.board import needs_reward
 from stages.document import Document, Keys, nearest
-from stages.inputs import sources_of
+from stages.inputs import models_of, sources_of
 from stages.recipe import BASES, MODEL, Recipe, Stage
 
 RESERVED = (MODEL, START, "vars", "name", "seed", "sandbox", "evals", "stages")
@@ -61,6 +61,9 @@ def cross_check(
         for inner, source in sources_of(config, keys):
             if with_files and source.path:
                 _check_file(document, (*inner, "path"), source.path, base)
+        for inner, named in models_of(config, NamedFile, keys):
+            if with_files and not (base / named.path).is_file():
+                raise document.error((*inner, "path"), "no such file; check the path")
 
 
 def _check_file(document: Document, keys: Keys, path: str, base: Path) -> None:

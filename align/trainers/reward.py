@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.course import Job, Outcome, Step
 from align.data.batch import Batch, Pair
+from align.data.files import NamedFile
 from align.data.loader import PackedData
 from align.data.sources import DataConfig
 from align.data.supply import supply_pairs
@@ -50,6 +51,7 @@ from align.trainers.lm import FixedCourse, open_start
 from model import HybridForCausalLM
 from model.packed import sent
 from reward.calibration import Method
+from reward.constitution import read_constitution
 from reward.curriculum import CurriculumConfig, PairFacts
 from reward.hierarchy import HIERARCHY, OVERALL, Hierarchy
 from reward.model import RewardModel
@@ -69,6 +71,8 @@ class RewardConfig(TrainConfig):
     (of a task, dev_share times its num_rows)."""
     hierarchy: Hierarchy = HIERARCHY
     """Signals, dimensions and gate; stored with the model and returned with every score."""
+    constitution: NamedFile | None = None
+    """File whose criteria take the place of the tree's harmlessness; absent keeps the tree's."""
     curriculum: CurriculumConfig | Literal["none"] = CurriculumConfig()
     """Order from easy to hard; `none` draws in random order at the same cost."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -232,6 +236,9 @@ def run(config: RewardConfig, job: Job) -> Outcome:
             nothing is held out.
         RuntimeError: as `align.loop.train`.
     """
+    if config.constitution is not None:
+        told = read_constitution(job.base / config.constitution.path)
+        config = config.model_copy(update={"hierarchy": told.over(config.hierarchy)})
     if job.accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError(f"{job.name}: kind reward is not sharded yet; launch with cpu or ddp")
     start, tokenizer = open_start(config, job)
