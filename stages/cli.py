@@ -226,6 +226,12 @@ def serve_reward(
     max_body_mb: Annotated[int, typer.Option(min=1, help="Longest body, 2^20 bytes.")] = 8,
     rule_threads: Annotated[int, typer.Option(min=1, help="Rules that may block at once.")] = 8,
     label_verifier: Annotated[str, typer.Option(help="Rule for OpenRLHF's plain labels.")] = "",
+    judge_url: Annotated[
+        str, typer.Option(help="OpenAI-compatible URL of a model that judges, with /v1.")
+    ] = "",
+    judge_model: Annotated[str, typer.Option(help="Its name there.")] = "",
+    judge_key_env: Annotated[str, typer.Option(help="Environment variable of its key.")] = "",
+    judge_cache: Annotated[str, typer.Option(help="JSONL file that keeps its answers.")] = "",
     bf16: Annotated[bool, typer.Option("--bf16", help="Trunk in bf16.")] = False,
     traceback: Traceback = False,
 ) -> None:
@@ -234,7 +240,14 @@ def serve_reward(
         import torch
 
         from reward.serving.batching import Limits
+        from reward.verifiers.judge import JudgeConfig, JudgeModel
 
+        if bool(judge_url) != bool(judge_model):
+            raise ValueError("--judge-url and --judge-model go together; give both or none")
+        judge = None
+        if judge_url:
+            asked = JudgeConfig(url=judge_url, model=judge_model, cache=judge_cache)
+            judge = JudgeModel(asked, api_key=_key_of(judge_key_env))
         with _extra("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client")):
             from stages.serving import serve_reward as serve
 
@@ -253,6 +266,7 @@ def serve_reward(
             label_verifier=label_verifier,
             max_body_bytes=max_body_mb << 20,
             dtype=torch.bfloat16 if bf16 else torch.float32,
+            judge=judge,
             say=lambda line: typer.echo(line, err=True),
         )
 

@@ -14,6 +14,7 @@ from align.questions import read_calibration
 from reward.service import Server, create_app, listen
 from reward.serving.batching import Limits
 from reward.serving.judging import Service, Settings
+from reward.verifiers.judge import JudgeModel
 from stages.artifact import find_artifact
 
 
@@ -27,6 +28,7 @@ def serve_reward(
     label_verifier: str,
     max_body_bytes: int,
     dtype: torch.dtype,
+    judge: JudgeModel | None,
     say: Callable[[str], None],
 ) -> None:
     """Serves the artifact's reward model and tree.
@@ -36,6 +38,7 @@ def serve_reward(
         api_key: that clients have to send; "" asks for none.
         label_verifier: rule for OpenRLHF's plain labels; "" refuses them.
         dtype: of the trunk.
+        judge: asked by the rule `judge`, for trees that hold it.
         say: told the address once clients can connect.
 
     Raises:
@@ -43,7 +46,7 @@ def serve_reward(
             the label verifier.
         OSError: the address is taken.
     """
-    scorer = open_scorer(reward, dtype=dtype)
+    scorer = open_scorer(reward, dtype=dtype, judge=judge)
     artifact = find_artifact(reward)
     settings = Settings(
         limits=limits,

@@ -15,6 +15,7 @@ from align.pairs import pair_leads
 from reward.model import REWARD_FILE, RewardModel
 from reward.sandbox import Sandbox, SandboxConfig
 from reward.scorer import InProcessScorer, load_scorer
+from reward.verifiers.judge import JudgeModel
 
 
 def is_reward(folder: Path) -> bool:
@@ -28,12 +29,17 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def open_scorer(
-    folder: Path, sandbox: SandboxConfig | None = None, *, dtype: torch.dtype = torch.float32
+    folder: Path,
+    sandbox: SandboxConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    judge: JudgeModel | None = None,
 ) -> InProcessScorer:
     """The artifact's reward model and hierarchy, rendering with the artifact's own tokenizer.
 
     Args:
         dtype: of the trunk.
+        judge: asked by the rule `judge`.
     """
     tokenizer = open_tokenizer(folder)
     return load_scorer(
@@ -43,6 +49,7 @@ def open_scorer(
         device=pick_device(),
         sandbox=Sandbox(sandbox),
         dtype=dtype,
+        judge=judge,
     )
 
 
