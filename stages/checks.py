@@ -27,7 +27,7 @@ def parents_of(stage: Stage) -> dict[str, str]:
     """
     head = stage.head
     rows = [source.from_ for _, source in sources_of(stage.config) if source.from_]
-    rewards = {"reward": head.reward} if head.reward else {}
+    rewards = {"reward": head.reward_stage} if head.reward_stage else {}
     return {START: head.start} | rewards | {name: name for name in rows}
 
 
@@ -122,7 +122,8 @@ def _check_references(recipe: Recipe, stage: Stage) -> None:
             raise recipe.document.error(
                 (*keys, "reward"), f"a stage of kind {stage.head.kind} has no judge; remove the key"
             )
-        _check_parent(recipe, stage, (*keys, "reward"), stage.head.reward, gives="reward")
+        if stage.head.reward_stage:
+            _check_parent(recipe, stage, (*keys, "reward"), stage.head.reward, gives="reward")
     for inner, source in sources_of(stage.config, keys):
         if source.from_:
             parent = _check_parent(recipe, stage, (*inner, "from"), source.from_, gives="rows")

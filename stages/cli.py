@@ -241,13 +241,14 @@ def serve_reward(
 
         from reward.serving.batching import Limits
         from reward.verifiers.judge import JudgeConfig, JudgeModel
+        from stages.keys import key_of
 
         if bool(judge_url) != bool(judge_model):
             raise ValueError("--judge-url and --judge-model go together; give both or none")
         judge = None
         if judge_url:
             asked = JudgeConfig(url=judge_url, model=judge_model, cache=judge_cache)
-            judge = JudgeModel(asked, api_key=_key_of(judge_key_env))
+            judge = JudgeModel(asked, api_key=key_of(judge_key_env, "--judge-key-env"))
         with _extra("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client")):
             from stages.serving import serve_reward as serve
 
@@ -262,7 +263,7 @@ def serve_reward(
                 queue_tokens=max_queue_tokens,
                 rule_threads=rule_threads,
             ),
-            api_key=_key_of(api_key_env),
+            api_key=key_of(api_key_env, "--api-key-env"),
             label_verifier=label_verifier,
             max_body_bytes=max_body_mb << 20,
             dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -299,14 +300,6 @@ def _load(file: Path, sets: list[str] | None) -> Recipe:
     from stages.recipe import load_recipe
 
     return load_recipe(file, sets or [], kinds=KINDS, eval_config=EvalConfig)
-
-
-def _key_of(variable: str) -> str:
-    """What a variable holds; a key on the command line would stand in the list of processes."""
-    key = os.environ.get(variable, "") if variable else ""
-    if variable and not key:
-        raise ValueError(f"--api-key-env {variable}: no such variable, or it is empty; set it")
-    return key
 
 
 @contextmanager

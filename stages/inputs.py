@@ -84,10 +84,14 @@ def stage_inputs(
         parents: digests of the artifacts it reads, by role.
         data: digests of the files it reads, by name as written in the config.
     """
+    config = stage.config.model_dump(mode="json", by_alias=True)
+    if stage.head.reward_url:
+        # A service tells what it is only when it is asked; the URL is what is known beforehand.
+        config["reward"] = stage.head.reward_url
     return {
         "kind": stage.head.kind,
         "revision": stage.kind.revision,
-        "config": stage.config.model_dump(mode="json", by_alias=True),
+        "config": config,
         "parents": dict(parents),
         "data": dict(data),
     }
