@@ -31,6 +31,7 @@ from align.pairs import (
     prompt_lengths,
     to_end_of_turn,
 )
+from align.questions import QUESTIONS_FILE, read_calibration
 from align.trainers.reward import REPORT_FILE, RewardConfig, RewardCourse, held_out, run
 from model import HybridForCausalLM
 from reward.curriculum import CurriculumConfig
@@ -55,6 +56,7 @@ WORDS = {
     "style": ("mat", "rat"),
     "helpfulness": ("mat", "rat"),
     "overall": ("cat mat", "hat rat"),
+    "safety": ("mat", "rat"),
 }
 
 
@@ -409,6 +411,28 @@ def test_a_task_holds_out_its_share_of_rows(tmp_path):
         return pair.chosen.tokens[: prompt_lengths([pair])[0]]
 
     assert not {prompt(pair) for pair in dev} & {prompt(pair) for pair in train.items}
+
+
+def test_a_constitution_brings_its_own_heads_and_floor(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 40, ("correctness", "safety"))
+    (tmp_path / "c.yaml").write_text("criteria: {safety: {text: Hurts nobody.}}\nfloor: 0.2\n")
+    tree = {"dimensions": {"correctness": TREE["dimensions"]["correctness"]}}
+    job = small.job(tmp_path, small.start(tmp_path / "start"))
+    run(config(constitution={"path": "c.yaml"}, hierarchy=tree), job)
+    judge = RewardModel.load(job.artifact)
+    assert judge.signals == ("correctness", "safety")
+    assert judge.hierarchy.dimensions["harmlessness"].floor == 0.2
+
+
+def test_the_artifact_holds_its_calibration_unless_told_not_to(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 120)
+    start = small.start(tmp_path / "start")
+    for method in ("temperature", "isotonic", "none"):
+        job = small.job(tmp_path / method, start, base=tmp_path)
+        run(config(calibration=method, max_steps=8), job)
+        fitted = read_calibration(job.artifact)
+        assert (fitted.overall.method if fitted else "none") == method
+        assert (job.artifact / QUESTIONS_FILE).exists() == (method != "none")
 
 
 def expect(message: str, tmp_path: Path, **changes: Any) -> None:

@@ -1,0 +1,145 @@
+"""Kind `reward` at the demo's scale: accurate, its gate follows the task, faults stay in place.
+
+Minutes on a CPU, so all of it is slow.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.data.batch import Batch
+from align.data.generate import TASKS
+from align.data.render import render_preference
+from align.data.rows import Origin, PreferenceRow
+from align.data.sources import DataConfig, read_rows
+from align.data.supply import write_rows
+from align.evals.reward_artifact import open_tokenizer
+from align.pairs import prompt_lengths
+from align.trainers.reward import REPORT_FILE, RewardConfig, run
+from reward.model import RewardModel
+from stages.start import BASES
+from tests.align import small
+
+TREE = {
+    "dimensions": {
+        "correctness": {"signals": {"correctness": {}}},
+        "helpfulness": {"signals": {"constraints": {}, "style": {}}},
+        "harmlessness": {"signals": {"harmlessness": {}}},
+    }
+}
+# Every difficulty of what the demo's base can read; name, rows, hardest, ways.
+LEAVES = (
+    ("arithmetic", 1200, 0.33, ("other_answer",)),
+    ("copy", 900, 0.5, ("near_miss",)),
+    ("constraints", 1000, 0.6, ("violated",)),
+    ("safety", 900, 1.0, ("unsafe", "over_refusal")),
+    ("sort", 300, 0.5, ("impolite",)),
+)
+
+
+def leaves(
+    folder: Path, change: Callable[[PreferenceRow], PreferenceRow] = lambda row: row
+) -> None:
+    """Training and held-out pairs in files; `change` is done to what is trained on alone."""
+    for name, count, hardest, ways in LEAVES:
+        for split, size in (("train", count), ("dev", 100)):
+            source = DataConfig(
+                task=name, num_rows=size, split=split, difficulty=(0.0, hardest), ways=ways
+            )
+            rows = read_rows(source, base=folder, inputs={}, seed=0, kind="preference")
+            kept = [row for row in rows if isinstance(row, PreferenceRow)]
+            changed = [change(row) for row in kept] if split == "train" else kept
+            write_rows(folder / f"{name}.{split}.jsonl", changed)
+
+
+def trained(folder: Path, names: tuple[str, ...], **changes: Any) -> Path:
+    files = {
+        part: [{"path": f"{name}.{part}.jsonl", "split": "all"} for name in names]
+        for part in ("train", "dev")
+    }
+    given: dict[str, Any] = {
+        "data": files["train"],
+        "dev": files["dev"],
+        "hierarchy": TREE,
+        "curriculum": "none",
+        "sequence_tokens": 512,
+        "batch_sequences": 2,
+        "micro_sequences": 2,
+        "optim": {"lr": 1e-3, "min_lr": 1e-4, "schedule": "cosine", "warmup_share": 0.05},
+    }
+    job = small.job(folder, BASES / "tiny")
+    run(RewardConfig.model_validate(given | changes), job)
+    return job.artifact
+
+
+def accuracies(artifact: Path) -> Mapping[str, float]:
+    told = json.loads((artifact / REPORT_FILE).read_text())["after"]
+    return {"all": told["accuracy"], **told["by_signal"]}
+
+
+@pytest.mark.slow
+def test_held_out_pairs_are_ranked_and_a_broken_dimension_breaks_alone(tmp_path):
+    names = tuple(name for name, *_ in LEAVES)
+    chance = random.Random(0)
+
+    def broken(row: PreferenceRow) -> PreferenceRow:
+        if row.signal != "correctness" or chance.random() < 0.5:
+            return row
+        return PreferenceRow(row.prompt, row.rejected, row.chosen, row.origin, signal=row.signal)
+
+    found = {}
+    for name, change in (("whole", lambda row: row), ("broken", broken)):
+        (tmp_path / name).mkdir()
+        leaves(tmp_path / name, change)
+        found[name] = accuracies(trained(tmp_path / name, names))
+    assert found["whole"]["all"] >= 0.95
+    assert found["whole"]["correctness"] - found["broken"]["correctness"] > 0.25
+    for signal in ("constraints", "style", "harmlessness"):
+        assert found["broken"][signal] > found["whole"][signal] - 0.05, signal
+
+
+def overall(name: str, index: int, *, truth_wins: bool) -> PreferenceRow:
+    """Right and rude against wrong and polite; the task says which one people prefer."""
+    problem = TASKS[name].problem(index, difficulty=(0.0, 0.3))
+    sides = (problem.wrong["impolite"], problem.wrong["other_answer"])
+    chosen, rejected = sides if truth_wins else sides[::-1]
+    return PreferenceRow(
+        problem.prompt,
+        ({"role": "assistant", "content": chosen},),
+        ({"role": "assistant", "content": rejected},),
+        Origin(f"{name}#{index}"),
+    )
+
+
+@pytest.mark.slow
+def test_the_gates_weights_follow_the_task(tmp_path):
+    leaves(tmp_path)
+    wants = {"arithmetic": True, "sort": False}
+    for name, truth_wins in wants.items():
+        rows = [overall(name, index, truth_wins=truth_wins) for index in range(500)]
+        write_rows(tmp_path / f"{name}-overall.train.jsonl", rows[:400])
+        write_rows(tmp_path / f"{name}-overall.dev.jsonl", rows[400:])
+    tree = {
+        "gate": "learned",
+        "dimensions": {
+            "correctness": {"signals": {"correctness": {}}},
+            "helpfulness": {"signals": {"style": {}}},
+        },
+    }
+    names = ("arithmetic", "copy", "sort", "arithmetic-overall", "sort-overall")
+    artifact = trained(tmp_path, names, hierarchy=tree)
+    assert accuracies(artifact)["overall"] >= 0.9
+    model, tokenizer = RewardModel.load(artifact), open_tokenizer(artifact)
+    shares = {}
+    for name, truth_wins in wants.items():
+        rows = [overall(name, index, truth_wins=truth_wins) for index in range(400, 500)]
+        pairs = [render_preference(row, tokenizer) for row in rows]
+        gate = model(Batch.from_pairs(pairs).packed, prompt_lengths(pairs)).gate
+        shares[name] = float(gate[:, 0].mean())
+    assert shares["arithmetic"] > shares["sort"] + 0.2
