@@ -240,15 +240,12 @@ def serve_reward(
         import torch
 
         from reward.serving.batching import Limits
-        from reward.verifiers.judge import JudgeConfig, JudgeModel
+        from reward.verifiers.judge import open_judge
         from stages.keys import key_of
 
-        if bool(judge_url) != bool(judge_model):
-            raise ValueError("--judge-url and --judge-model go together; give both or none")
-        judge = None
-        if judge_url:
-            asked = JudgeConfig(url=judge_url, model=judge_model, cache=judge_cache)
-            judge = JudgeModel(asked, api_key=key_of(judge_key_env, "--judge-key-env"))
+        judge = open_judge(
+            judge_url, judge_model, key_of(judge_key_env, "--judge-key-env"), judge_cache
+        )
         with _extra("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client")):
             from stages.serving import serve_reward as serve
 

@@ -46,7 +46,7 @@ from align.pairs import (
     prompt_lengths,
     to_end_of_turn,
 )
-from align.questions import ask, calibrate, write_questions
+from align.questions import HeadCalibration, Questions, ask, calibrate, write_questions
 from align.trainers.lm import FixedCourse, open_start
 from model import HybridForCausalLM
 from model.packed import sent
@@ -271,33 +271,47 @@ def run(config: RewardConfig, job: Job) -> Outcome:
         # fp32: small updates vanish when added in bf16.
         adapters.float()
         model.trunk = adapters.merge_and_unload(safe_merge=True)
-    calibration = None
-    if config.calibration != "none":
-        calibration = calibrate(model, dev, method=config.calibration, precision=precision)
+    answers = _questioned(config, job, model, dev, tokenizer=tokenizer)
     after = pair_accuracy(model, dev, curriculum=measure, precision=precision)
-    found = None
-    if calibration is not None:
-        found = ask(
-            model,
-            dev,
-            tokenizer,
-            method=calibration.overall.method,
-            curriculum=measure,
-            precision=precision,
-            sandbox=Sandbox(job.sandbox),
-        )
     then = _gathered(course.ledger.margins(), job.accelerator)
     later = pair_leads(model, pairs, precision=precision)
     if job.accelerator.is_main_process:
         model.save(job.artifact)
         tokenizer.save_pretrained(job.artifact)
         _write_report(job.artifact / REPORT_FILE, before, after)
-        if calibration is not None and found is not None:
-            write_questions(job.artifact, found, calibration)
+        if answers is not None:
+            write_questions(job.artifact, *answers)
         lines = (json.dumps(asdict(line)) + "\n" for line in lessons.record(then, later))
         (job.artifact / RECORD_FILE).write_text("".join(lines), encoding="utf-8")
     job.accelerator.wait_for_everyone()
     return Outcome({**metrics, **_told("before", before), **_told("after", after)}, sources)
+
+
+def _questioned(
+    config: RewardConfig,
+    job: Job,
+    model: RewardModel,
+    dev: Sequence[Pair],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Questions, HeadCalibration] | None:
+    """Calibrates the heads in place and asks; None where calibration is not wanted or possible."""
+    if config.calibration == "none":
+        return None
+    precision = partial(autocast, config, job.accelerator)
+    calibration = calibrate(model, dev, method=config.calibration, precision=precision)
+    if calibration is None:
+        return None
+    found = ask(
+        model,
+        dev,
+        tokenizer,
+        method=config.calibration,
+        curriculum=None if config.curriculum == "none" else config.curriculum,
+        precision=precision,
+        sandbox=Sandbox(job.sandbox),
+    )
+    return found, calibration
 
 
 def held_out(

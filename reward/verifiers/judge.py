@@ -174,6 +174,22 @@ class JudgeModel:
         raise _NoAnswerError(f"no answer from {self.config.url} ({cause})")
 
 
+def open_judge(url: str, model: str, api_key: str = "", cache: str = "") -> JudgeModel | None:
+    """The judge of a command's options; None for no URL.
+
+    Raises: ValueError if one of URL and model is missing.
+
+    Example:
+        >>> open_judge("", "") is None
+        True
+    """
+    if bool(url) != bool(model):
+        raise ValueError(f"a judge needs both its URL {url!r} and its model {model!r}; give both")
+    if not url:
+        return None
+    return JudgeModel(JudgeConfig(url=url, model=model, cache=cache), api_key=api_key)
+
+
 def unconfigured(item: Item) -> Verdict:
     """What the rule `judge` says where no judge model is given: nothing."""
     return Verdict(0.0, valid=False, reason="judge: no judge model is given; see --judge-url")

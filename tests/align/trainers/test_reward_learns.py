@@ -23,7 +23,7 @@ from align.evals.reward_artifact import open_tokenizer
 from align.pairs import prompt_lengths
 from align.trainers.reward import REPORT_FILE, RewardConfig, run
 from reward.model import RewardModel
-from stages.start import BASES
+from stages.recipe import BASES
 from tests.align import small
 
 TREE = {

@@ -15,7 +15,7 @@ from reward.hierarchy import Hierarchy
 from reward.scorer import InProcessScorer
 from reward.types import Item
 from reward.verifiers import verify
-from reward.verifiers.judge import JudgeConfig, JudgeModel
+from reward.verifiers.judge import JudgeConfig, JudgeModel, open_judge
 
 PROMPT = ({"role": "user", "content": "Who wrote Emma?"},)
 GOOD, BAD = "Jane Austen wrote it.", "I do not know."
@@ -175,6 +175,12 @@ def test_a_scorer_asks_it_and_an_unknown_is_left_out_of_the_group():
     without = InProcessScorer(tree).score([item()])[0]
     assert not without.valid
     assert "no judge model is given" in without.reason
+
+
+def test_a_judge_has_both_a_url_and_a_model():
+    with pytest.raises(ValueError, match="needs both its URL 'http://a/v1' and its model ''"):
+        open_judge("http://a/v1", "")
+    assert open_judge("", "") is None
 
 
 def test_a_reference_is_needed():
