@@ -33,9 +33,9 @@ from reward.types import Item
 MEDIAN_TOKENS, SPREAD, LONGEST = 400, 0.8, 4096
 GOAL = 3.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Of an item's largest difference, relative to the values' own size: rounding, not mathematics. fp32
-# holds every item to it. bf16 holds the median item: where two experts are nearly tied, rounding may
-# send a token to the other one, and with random weights that moves a single item by anything.
+# Of an item's largest difference, relative to the values' own size: rounding, not mathematics.
+# fp32 holds every item to it, bf16 the median one: where two experts are nearly tied, rounding may
+# send a token to the other, and with random weights that moves a single item by anything.
 BOUNDS = {"fp32": 1e-3, "bf16": 1e-1}
 
 
