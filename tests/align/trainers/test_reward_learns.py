@@ -1,4 +1,4 @@
-"""Kind `reward` at the demo's scale: accurate, its gate follows the task, faults stay in place.
+"""Kind `reward` at the demo's scale: it learns, and a fault of the data stays in its dimension.
 
 Minutes on a CPU, so all of it is slow.
 """
@@ -13,16 +13,10 @@ from typing import Any
 
 import pytest
 
-from align.data.batch import Batch
-from align.data.generate import TASKS
-from align.data.render import render_preference
-from align.data.rows import Origin, PreferenceRow
+from align.data.rows import PreferenceRow
 from align.data.sources import DataConfig, read_rows
 from align.data.supply import write_rows
-from align.evals.reward_artifact import open_tokenizer
-from align.pairs import prompt_lengths
 from align.trainers.reward import REPORT_FILE, RewardConfig, run
-from reward.model import RewardModel
 from stages.recipe import BASES
 from tests.align import small
 
@@ -104,44 +98,3 @@ def test_a_broken_dimension_breaks_alone(tmp_path):
     assert found["whole"]["correctness"] > found["broken"]["correctness"] + 0.08
     for signal in ("constraints", "style", "harmlessness"):
         assert found["broken"][signal] > found["whole"][signal] - 0.05, signal
-
-
-def overall(name: str, index: int, *, truth_wins: bool) -> PreferenceRow:
-    """Right and rude against wrong and polite; the task says which one people prefer."""
-    problem = TASKS[name].problem(index, difficulty=(0.0, 0.3))
-    sides = (problem.wrong["impolite"], problem.wrong["other_answer"])
-    chosen, rejected = sides if truth_wins else sides[::-1]
-    return PreferenceRow(
-        problem.prompt,
-        ({"role": "assistant", "content": chosen},),
-        ({"role": "assistant", "content": rejected},),
-        Origin(f"{name}#{index}"),
-    )
-
-
-@pytest.mark.slow
-def test_the_gates_weights_follow_the_task(tmp_path):
-    leaves(tmp_path)
-    wants = {"arithmetic": True, "sort": False}
-    for name, truth_wins in wants.items():
-        rows = [overall(name, index, truth_wins=truth_wins) for index in range(500)]
-        write_rows(tmp_path / f"{name}-overall.train.jsonl", rows[:400])
-        write_rows(tmp_path / f"{name}-overall.dev.jsonl", rows[400:])
-    tree = {
-        "gate": "learned",
-        "dimensions": {
-            "correctness": {"signals": {"correctness": {}}},
-            "helpfulness": {"signals": {"style": {}}},
-        },
-    }
-    names = ("arithmetic", "copy", "sort", "arithmetic-overall", "sort-overall")
-    artifact = trained(tmp_path, names, hierarchy=tree)
-    assert accuracies(artifact)["overall"] >= 0.9
-    model, tokenizer = RewardModel.load(artifact), open_tokenizer(artifact)
-    shares = {}
-    for name, truth_wins in wants.items():
-        rows = [overall(name, index, truth_wins=truth_wins) for index in range(400, 500)]
-        pairs = [render_preference(row, tokenizer) for row in rows]
-        gate = model(Batch.from_pairs(pairs).packed, prompt_lengths(pairs)).gate
-        shares[name] = float(gate[:, 0].mean())
-    assert shares["arithmetic"] > shares["sort"] + 0.2
