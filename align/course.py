@@ -65,6 +65,8 @@ class Job:
         seed: of this stage.
         accelerator: owns devices, processes and precision.
         sandbox: how programs that a policy wrote are run.
+        reward_url: scoring service that judges in place of a reward artifact; "" for none.
+        reward_key: its key; "" sends none.
     """
 
     name: str
@@ -76,6 +78,8 @@ class Job:
     accelerator: Accelerator
     inputs: Mapping[str, Path] = field(default_factory=dict)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    reward_url: str = ""
+    reward_key: str = ""
 
 
 @dataclass(frozen=True)

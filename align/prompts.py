@@ -26,6 +26,7 @@ from align.data.rows import PromptRow, Row
 from align.data.sources import KEPT_REASONS, DataConfig, read_source
 from align.experience import Group, response_text
 from model import HybridForCausalLM
+from reward.client import HttpScorer
 from reward.sandbox import Sandbox
 from reward.scorer import InProcessScorer, load_scorer
 from reward.types import Item, Score, Scorer
@@ -97,7 +98,7 @@ def _read(
     found: list[Prompt] = []
     reasons: list[str] = []
     for any_row in rows:
-        row = _judgeable(any_row, has_reward="reward" in job.inputs)
+        row = _judgeable(any_row, has_reward=bool(job.reward_url) or "reward" in job.inputs)
         try:
             found.append(Prompt(row, render_prompt(row.prompt, tokenizer)))
         except ValueError as error:
@@ -139,8 +140,16 @@ def _judgeable(row: Row, *, has_reward: bool) -> PromptRow:
     return row
 
 
-def open_scorer(job: Job, tokenizer: PreTrainedTokenizerBase) -> Scorer:
-    """The judge of a stage: its reward artifact if it names one, else the rules alone."""
+def open_scorer(
+    job: Job, tokenizer: PreTrainedTokenizerBase, *, deadline_s: float = 600.0
+) -> Scorer:
+    """The judge of a stage: a scoring service or a reward artifact if it names one, else the rules.
+
+    Raises:
+        RuntimeError: if the service does not answer within deadline_s.
+    """
+    if job.reward_url:
+        return HttpScorer(job.reward_url, api_key=job.reward_key, deadline_s=deadline_s)
     if "reward" not in job.inputs:
         return InProcessScorer(sandbox=Sandbox(job.sandbox))
 

@@ -1,7 +1,8 @@
 """Signals to dimensions to one score, as a pure function of a declared tree.
 
     signal     a rule's verdict where the item names one of its rules, else sigmoid(head)
-    dimension  weighted mean of its signals that have a verdict            (all in [0, 1])
+    dimension  weighted mean of its signals that have a verdict, 0 where the response holds what one
+               of them forbids                                              (all in [0, 1])
     score      mean of the dimensions, weighted by the gate; then floors
 
 Four laws hold the score together. A rule overrules a head. A head without a verdict is left out,
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Literal, Self
 
@@ -24,6 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from reward.types import Score, Verdict
 from reward.verifiers import VERIFIERS
 
+OVERALL = "overall"
+SHOWN_CHARS = 60
 DimensionName = Literal["correctness", "truthfulness", "helpfulness", "harmlessness"]
 
 
@@ -37,6 +41,11 @@ def head_key(signal: str) -> str:
     return f"head:{signal}"
 
 
+def pattern_key(signal: str) -> str:
+    """Name under which a forbidden pattern's verdict stands among an item's signals."""
+    return f"pattern:{signal}"
+
+
 class Signal(BaseModel):
     """One thing that is judged: by rules, by a head of the reward model, or by either."""
 
@@ -48,17 +57,33 @@ class Signal(BaseModel):
     """Rules that overrule the head where the item names one of them."""
     head: bool = True
     """Whether the reward model has a head for it, trained by the pairs labelled with its name."""
+    forbidden: tuple[str, ...] = Field(default=(), strict=False)
+    """Regular expressions, case ignored; where a response holds one its dimension is 0."""
+    criterion: str = ""
+    """What is asked, in words; for people, and for a judge model."""
 
     @model_validator(mode="after")
     def _judged(self) -> Self:
+        for pattern in self.forbidden:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"forbidden = {pattern!r} is no regular expression: {error}"
+                ) from error
         unknown = sorted(set(self.verifiers) - set(VERIFIERS))
         if unknown:
             raise ValueError(
                 f"verifiers = {', '.join(unknown)}, expected some of {', '.join(sorted(VERIFIERS))}"
             )
-        if not self.head and not self.verifiers:
+        if not self.head and not self.verifiers and not self.forbidden:
             raise ValueError("head = false and verifiers = [] leave no judge; give one of them")
         return self
+
+    def forbids(self, response: str) -> str:
+        """The first text of the response that is forbidden, or ""."""
+        found = (re.search(pattern, response, re.IGNORECASE) for pattern in self.forbidden)
+        return next((match[0] for match in found if match), "")
 
 
 class Dimension(BaseModel):
@@ -82,6 +107,12 @@ class Dimension(BaseModel):
         if self.floor > self.ceiling:
             raise ValueError(f"floor = {self.floor:g}, expected at most ceiling = {self.ceiling:g}")
         return self
+
+    @property
+    def head_shares(self) -> dict[str, float]:
+        """Share of each of its heads in the mean of them all; empty if rules alone judge it."""
+        heads = {name: signal.weight for name, signal in self.signals.items() if signal.head}
+        return {name: weight / sum(heads.values()) for name, weight in heads.items()}
 
 
 class Hierarchy(BaseModel):
@@ -115,7 +146,7 @@ class Hierarchy(BaseModel):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"{kind} {', '.join(twice)} stands twice; keep it in one place")
-        if "overall" in signals:
+        if OVERALL in signals:
             raise ValueError("signal 'overall' is the name of the whole score; choose another name")
         return self
 
@@ -130,6 +161,32 @@ class Hierarchy(BaseModel):
         )
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """What a pair's label may speak about: a head, a dimension, or the whole score.
+
+        A name that is a head's and a dimension's means the head.
+
+        Example:
+            >>> HIERARCHY.labels
+            ('correctness', 'constraints', 'style', 'harmlessness', 'helpfulness', 'overall')
+        """
+        dimensions = (
+            name
+            for name, dimension in self.dimensions.items()
+            if dimension.head_shares and name not in self.heads
+        )
+        return (*self.heads, *dimensions, OVERALL)
+
+    def phase(self, label: str) -> int:
+        """0 for a label of one head, 1 of a dimension, 2 of the whole score.
+
+        Example:
+            >>> [HIERARCHY.phase(label) for label in ("style", "helpfulness", "overall")]
+            [0, 1, 2]
+        """
+        return 0 if label in self.heads else 2 if label == OVERALL else 1
+
+    @property
     def version(self) -> str:
         """Name and digest of the tree: two trees with one version are one tree.
 
@@ -141,13 +198,27 @@ class Hierarchy(BaseModel):
         text = json.dumps(self.model_dump(mode="json"))
         return f"{self.name}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
+    def patterns(self, response: str) -> dict[str, Verdict]:
+        """Verdicts of the forbidden patterns that a response holds, by `pattern_key`."""
+        found = {
+            name: signal.forbids(response)
+            for dimension in self.dimensions.values()
+            for name, signal in dimension.signals.items()
+        }
+        return {
+            pattern_key(name): Verdict(0.0, reason=f"forbidden: {text[:SHOWN_CHARS]!r}")
+            for name, text in found.items()
+            if text
+        }
+
     def score(
         self, signals: Mapping[str, Verdict], gate: Mapping[str, float] | None = None
     ) -> Score:
         """One score of an item, with everything it was made of.
 
         Args:
-            signals: verdicts by `rule_key` (in [0, 1]) and `head_key` (any real number).
+            signals: verdicts by `rule_key` and `pattern_key` (in [0, 1]), and by `head_key` (any
+                real number).
             gate: weight of each dimension, >= 0, from the reward model; None takes the declared
                 ones.
 
@@ -194,6 +265,12 @@ class Hierarchy(BaseModel):
     def _check(self, signals: Mapping[str, Verdict]) -> None:
         every = [signal for d in self.dimensions.values() for signal in d.signals.values()]
         rules = {rule_key(rule) for signal in every for rule in signal.verifiers}
+        rules |= {
+            pattern_key(name)
+            for dimension in self.dimensions.values()
+            for name, signal in dimension.signals.items()
+            if signal.forbidden
+        }
         heads = {head_key(name) for name in self.heads}
         for name, verdict in signals.items():
             if name not in rules | heads:
@@ -243,6 +320,9 @@ class _NoVerdictError(Exception):
 
 
 def _dimension_value(dimension: Dimension, signals: Mapping[str, Verdict]) -> float | None:
+    if any(pattern_key(name) in signals for name in dimension.signals):
+        # One criterion broken outright is not made good by the others.
+        return 0.0
     total = weights = 0.0
     for name, signal in dimension.signals.items():
         value = _signal_value(name, signal, signals)

@@ -41,12 +41,15 @@ class RewardOutput:
             without saturation. Floors and ceilings are the score's, not its.
         gate: [S, M] fp32, weights of the hierarchy's M dimensions, sum 1; None without a learned
             gate.
+        labelled: [S, L] fp32, what each of `RewardModel.labels` speaks about: the values, the
+            weighted means of dimensions, overall.
         aux_loss: the router's losses, a mean over the T tokens; None if every coefficient is 0.
     """
 
     values: Tensor
     overall: Tensor
     gate: Tensor | None
+    labelled: Tensor
     aux_loss: Tensor | None
 
 
@@ -88,6 +91,7 @@ class RewardModel(nn.Module):
         self.trunk = trunk
         self.hierarchy = hierarchy
         self.signals = hierarchy.heads
+        self.labels = hierarchy.labels
         width, device = trunk.config.hidden_size, trunk.embed_tokens.weight.device
         if not self.signals:
             raise ValueError(
@@ -133,24 +137,24 @@ class RewardModel(nn.Module):
                 starts = [0, *ends[:-1]]
                 last = [s + p - 1 for s, p in zip(starts, prompt_lengths, strict=True)]
                 gate = self.gate(row.take(hidden, last, own).float()).softmax(-1)
-            overall = self._overall(values, gate)
+            dimensions, overall = self._total(values, gate)
+            labelled = torch.cat([values, dimensions, overall[:, None]], dim=1)
         aux_loss = router_losses(self.trunk.config, router_logits, row)
-        return RewardOutput(values, overall, gate, aux_loss)
+        return RewardOutput(values, overall, gate, labelled, aux_loss)
 
-    def _overall(self, values: Tensor, gate: Tensor | None) -> Tensor:
+    def _total(self, values: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Means of the dimensions that are labels, and the gate-weighted mean of all with heads."""
         tree = self.hierarchy.dimensions
-        columns, weights, dimension_of = [], [], []
-        for place, dimension in enumerate(tree.values()):
-            heads = {n: s.weight for n, s in dimension.signals.items() if s.head}
-            for name, weight in heads.items():
-                columns.append(self.signals.index(name))
-                weights.append(weight / sum(heads.values()))
-                dimension_of.append(place)
+        headed: list[str] = [name for name in tree if tree[name].head_shares]
+        tables = [dimension.head_shares for dimension in tree.values() if dimension.head_shares]
+        shares = values.new_tensor([[t.get(one, 0.0) for t in tables] for one in self.signals])
+        means = values @ shares
         if gate is None:
-            gate = values.new_tensor([[d.weight for d in tree.values()]]).expand(len(values), -1)
-        shares = gate[:, sorted(set(dimension_of))].sum(-1, keepdim=True)
-        shared = values[:, columns] * values.new_tensor(weights) * gate[:, dimension_of]
-        return (shared / shares).sum(-1)
+            gate = values.new_tensor([[d.weight for d in tree.values()]])
+        weights = gate[:, [place for place, name in enumerate(tree) if name in headed]]
+        overall = (means * weights).sum(-1) / weights.sum(-1)
+        named = [headed.index(name) for name in self.labels[len(self.signals) : -1]]
+        return means[:, named], overall
 
     @property
     def version(self) -> str:

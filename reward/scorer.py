@@ -18,6 +18,7 @@ from reward.model import RewardModel
 from reward.sandbox import Sandbox
 from reward.types import Item, Score, Verdict
 from reward.verifiers import verify_all
+from reward.verifiers.judge import JudgeModel
 
 Encode = Callable[[Item], tuple[int, ...]]
 
@@ -63,6 +64,7 @@ class InProcessScorer:
         batch_tokens: tokens per forward pass; changes memory, not the result.
         max_tokens: longer conversations are not scored by the heads: their score is not valid.
         sandbox: where programs run; None takes the shared one.
+        judge: asked by the rule `judge`; None leaves that rule without a verdict.
 
     Raises: ValueError if something needed is missing or does not fit together.
 
@@ -82,6 +84,7 @@ class InProcessScorer:
         batch_tokens: int = 16384,
         max_tokens: int = 0,
         sandbox: Sandbox | None = None,
+        judge: JudgeModel | None = None,
     ) -> None:
         if reward_model is not None and encode is None:
             raise ValueError("a reward model needs `encode`, which gives an item's tokens")
@@ -102,6 +105,7 @@ class InProcessScorer:
         self._encode_prompt = encode_prompt
         self._batch_tokens = batch_tokens
         self._sandbox = sandbox
+        self._judge = judge
 
     @property
     def has_heads(self) -> bool:
@@ -113,7 +117,10 @@ class InProcessScorer:
 
         Raises: ValueError for wrong data (an unknown rule, a rule the tree does not hold).
         """
-        rules = self.rule_signals(items)
+        rules = [
+            found | self.pattern_signals(item)
+            for item, found in zip(items, self.rule_signals(items), strict=True)
+        ]
         if self._model is None:
             return [self.combine(found, None) for found in rules]
         encoded = [self.encode(item) for item in items]
@@ -135,8 +142,12 @@ class InProcessScorer:
         Raises: ValueError for an unknown rule, or an item that lacks what the rule needs.
         """
         ruled = [item for item in items if item.verifier]
-        verdicts = iter(verify_all(ruled, self._sandbox) if ruled else [])
+        verdicts = iter(verify_all(ruled, self._sandbox, judge=self._judge) if ruled else [])
         return [{rule_key(i.verifier): next(verdicts)} if i.verifier else {} for i in items]
+
+    def pattern_signals(self, item: Item) -> dict[str, Verdict]:
+        """What of the response the tree forbids; needs no other item and no waiting."""
+        return self.hierarchy.patterns(item.response)
 
     def encode(self, item: Item) -> Encoded:
         """The item's tokens; () without a reward model.
@@ -228,6 +239,7 @@ def load_scorer(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     sandbox: Sandbox | None = None,
+    judge: JudgeModel | None = None,
 ) -> InProcessScorer:
     """The scorer of a reward artifact: its model and its tree.
 
@@ -235,7 +247,12 @@ def load_scorer(
     """
     model = RewardModel.load(folder, dtype=dtype, device=device)
     return InProcessScorer(
-        model.hierarchy, model, encode, encode_prompt=encode_prompt, sandbox=sandbox
+        model.hierarchy,
+        model,
+        encode,
+        encode_prompt=encode_prompt,
+        sandbox=sandbox,
+        judge=judge,
     )
 
 

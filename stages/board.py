@@ -139,7 +139,7 @@ class Board:
 
     def _inputs(self, name: str, finished: Mapping[str, Finished]) -> dict[str, str]:
         """Stages by role that an eval of this one may read; the stage's own judge comes first."""
-        own = "" if name == MODEL else self.recipe.stage(name).head.reward
+        own = "" if name == MODEL else self.recipe.stage(name).head.reward_stage
         rewards = [s.name for s in self.recipe.stages if s.kind.gives == "reward"]
         judges = [stage for stage in [own, *reversed(rewards)] if stage in finished]
         rows = {s.name: s.name for s in self.recipe.stages if s.kind.gives == "rows"}

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.data.files import local_files
+from align.data.files import NamedFile, local_files
 from align.loop import TrainConfig
 from model.config import PRESETS, preset
 from stages.artifact import START
 from stages.board import needs_reward
 from stages.document import Document, Keys, nearest
-from stages.inputs import sources_of
+from stages.inputs import models_of, sources_of
 from stages.recipe import BASES, MODEL, Recipe, Stage
 
 RESERVED = (MODEL, START, "vars", "name", "seed", "sandbox", "evals", "stages")
@@ -27,7 +27,7 @@ def parents_of(stage: Stage) -> dict[str, str]:
     """
     head = stage.head
     rows = [source.from_ for _, source in sources_of(stage.config) if source.from_]
-    rewards = {"reward": head.reward} if head.reward else {}
+    rewards = {"reward": head.reward_stage} if head.reward_stage else {}
     return {START: head.start} | rewards | {name: name for name in rows}
 
 
@@ -61,6 +61,9 @@ def cross_check(
         for inner, source in sources_of(config, keys):
             if with_files and source.path:
                 _check_file(document, (*inner, "path"), source.path, base)
+        for inner, named in models_of(config, NamedFile, keys):
+            if with_files and not (base / named.path).is_file():
+                raise document.error((*inner, "path"), "no such file; check the path")
 
 
 def _check_file(document: Document, keys: Keys, path: str, base: Path) -> None:
@@ -119,7 +122,8 @@ def _check_references(recipe: Recipe, stage: Stage) -> None:
             raise recipe.document.error(
                 (*keys, "reward"), f"a stage of kind {stage.head.kind} has no judge; remove the key"
             )
-        _check_parent(recipe, stage, (*keys, "reward"), stage.head.reward, gives="reward")
+        if stage.head.reward_stage:
+            _check_parent(recipe, stage, (*keys, "reward"), stage.head.reward, gives="reward")
     for inner, source in sources_of(stage.config, keys):
         if source.from_:
             parent = _check_parent(recipe, stage, (*inner, "from"), source.from_, gives="rows")

@@ -192,6 +192,22 @@ def score(
             typer.echo(json.dumps(line, sort_keys=True))
 
 
+@app.command()
+def question(reward: Folder, as_json: Json = False, traceback: Traceback = False) -> None:
+    """Shows what a reward artifact answered: reliability by slice, biases, agreement with rules."""
+    with _guarded(traceback):
+        from rich.console import Console
+
+        from stages.question import question_tables, read_questions
+
+        told = read_questions(reward)
+        if as_json:
+            _show(told)
+            return
+        for table in question_tables(told):
+            Console().print(table)
+
+
 @app.command("serve-reward")
 def serve_reward(
     reward: Folder,
@@ -210,6 +226,12 @@ def serve_reward(
     max_body_mb: Annotated[int, typer.Option(min=1, help="Longest body, 2^20 bytes.")] = 8,
     rule_threads: Annotated[int, typer.Option(min=1, help="Rules that may block at once.")] = 8,
     label_verifier: Annotated[str, typer.Option(help="Rule for OpenRLHF's plain labels.")] = "",
+    judge_url: Annotated[
+        str, typer.Option(help="OpenAI-compatible URL of a model that judges, with /v1.")
+    ] = "",
+    judge_model: Annotated[str, typer.Option(help="Its name there.")] = "",
+    judge_key_env: Annotated[str, typer.Option(help="Environment variable of its key.")] = "",
+    judge_cache: Annotated[str, typer.Option(help="JSONL file that keeps its answers.")] = "",
     bf16: Annotated[bool, typer.Option("--bf16", help="Trunk in bf16.")] = False,
     traceback: Traceback = False,
 ) -> None:
@@ -218,7 +240,12 @@ def serve_reward(
         import torch
 
         from reward.serving.batching import Limits
+        from reward.verifiers.judge import open_judge
+        from stages.keys import key_of
 
+        judge = open_judge(
+            judge_url, judge_model, key_of(judge_key_env, "--judge-key-env"), judge_cache
+        )
         with _extra("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client")):
             from stages.serving import serve_reward as serve
 
@@ -233,10 +260,11 @@ def serve_reward(
                 queue_tokens=max_queue_tokens,
                 rule_threads=rule_threads,
             ),
-            api_key=_key_of(api_key_env),
+            api_key=key_of(api_key_env, "--api-key-env"),
             label_verifier=label_verifier,
             max_body_bytes=max_body_mb << 20,
             dtype=torch.bfloat16 if bf16 else torch.float32,
+            judge=judge,
             say=lambda line: typer.echo(line, err=True),
         )
 
@@ -340,14 +368,6 @@ def _load(file: Path, sets: list[str] | None) -> Recipe:
     from stages.recipe import load_recipe
 
     return load_recipe(file, sets or [], kinds=KINDS, eval_config=EvalConfig)
-
-
-def _key_of(variable: str) -> str:
-    """What a variable holds; a key on the command line would stand in the list of processes."""
-    key = os.environ.get(variable, "") if variable else ""
-    if variable and not key:
-        raise ValueError(f"--api-key-env {variable}: no such variable, or it is empty; set it")
-    return key
 
 
 @contextmanager

@@ -9,30 +9,37 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from align.data.files import local_files
+from align.data.files import NamedFile, local_files
 from align.data.sources import DataConfig
 from stages.artifact import MANIFEST, Manifest, file_digest, write_atomic
 from stages.document import Keys
 from stages.recipe import Stage
 
+Model = TypeVar("Model", bound=BaseModel)
+
 DIGESTS = "digests.json"
 
 
-def sources_of(value: Any, keys: Keys = ()) -> list[tuple[Keys, DataConfig]]:
-    """Every data source in a config, however deep, with the keys that lead to it."""
-    if isinstance(value, DataConfig):
+def models_of(value: Any, kind: type[Model], keys: Keys = ()) -> list[tuple[Keys, Model]]:
+    """Every model of one kind in a config, however deep, with the keys that lead to it."""
+    if isinstance(value, kind):
         return [(keys, value)]
     if isinstance(value, BaseModel):
         # A model iterates over its fields by their own names; a recipe writes the aliases.
         named = {n: f.alias or n for n, f in type(value).model_fields.items()}
-        return [s for n, inner in value for s in sources_of(inner, (*keys, named[n]))]
+        return [s for n, inner in value for s in models_of(inner, kind, (*keys, named[n]))]
     if isinstance(value, tuple | list):
-        return [s for i, inner in enumerate(value) for s in sources_of(inner, (*keys, i))]
+        return [s for i, inner in enumerate(value) for s in models_of(inner, kind, (*keys, i))]
     return []
+
+
+def sources_of(value: Any, keys: Keys = ()) -> list[tuple[Keys, DataConfig]]:
+    """Every data source in a config, as `models_of`."""
+    return models_of(value, DataConfig, keys)
 
 
 class FileDigests:
@@ -59,6 +66,7 @@ class FileDigests:
         """Digests of all local files that a config reads, by name as written in the config."""
         paths = {source.path for _, source in sources_of(config) if source.path}
         files = sorted({named for path in paths for named in local_files(path, base)})
+        files += [(named.path, base / named.path) for _, named in models_of(config, NamedFile)]
         return {name: self.of(file) for name, file in files}
 
     def of_folder(self, folder: Path | None) -> dict[str, str]:
@@ -76,10 +84,14 @@ def stage_inputs(
         parents: digests of the artifacts it reads, by role.
         data: digests of the files it reads, by name as written in the config.
     """
+    config = stage.config.model_dump(mode="json", by_alias=True)
+    if stage.head.reward_url:
+        # A service tells what it is only when it is asked; the URL is what is known beforehand.
+        config["reward"] = stage.head.reward_url
     return {
         "kind": stage.head.kind,
         "revision": stage.kind.revision,
-        "config": stage.config.model_dump(mode="json", by_alias=True),
+        "config": config,
         "parents": dict(parents),
         "data": dict(data),
     }

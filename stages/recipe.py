@@ -129,9 +129,30 @@ class StageHead(BaseModel):
     start: str = Field(default=MODEL, alias="from")
     """Policy stage to start from; `model` is the recipe's own model."""
     reward: str = ""
-    """Reward stage that judges this stage's responses; empty leaves it to the verifiers."""
+    """Who judges this stage's responses: a reward stage, or the http(s) URL of a scoring service
+    (`align serve-reward`); empty leaves it to the verifiers."""
+    reward_key_env: str = ""
+    """Environment variable that holds the scoring service's key; empty sends none."""
     evals: tuple[str, ...] = ()
     """Names of the recipe's evals that this stage is meant to raise."""
+
+    @property
+    def reward_url(self) -> str:
+        """The scoring service; "" if a stage or nobody judges."""
+        return self.reward if self.reward.startswith(("http://", "https://")) else ""
+
+    @property
+    def reward_stage(self) -> str:
+        """The reward stage; "" if a service or nobody judges."""
+        return "" if self.reward_url else self.reward
+
+    @model_validator(mode="after")
+    def _key_for_a_service(self) -> Self:
+        if self.reward_key_env and not self.reward_url:
+            raise ValueError(
+                "reward_key_env is the key of a scoring service; give reward its URL or remove it"
+            )
+        return self
 
 
 class RecipeHead(BaseModel):

@@ -33,6 +33,7 @@ from stages.artifact import (
 from stages.board import Board, Finished, Row, RunEval
 from stages.checks import parents_of
 from stages.inputs import FileDigests, stage_inputs, why_stale
+from stages.keys import key_of
 from stages.lock import locked
 from stages.recipe import MODEL, ModelConfig, Recipe, Stage, dump_json
 from stages.spmd import lead
@@ -230,6 +231,8 @@ class _Climber:
             accelerator=self.ground.accelerator,
             inputs=inputs,
             sandbox=self.recipe.head.sandbox,
+            reward_url=stage.head.reward_url,
+            reward_key=key_of(stage.head.reward_key_env, f"{stage.name}.reward_key_env"),
         )
 
     def _start(self) -> Finished:

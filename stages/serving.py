@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,10 +15,12 @@ from align.evals.types import pick_device
 from align.policy import load_policy
 from align.prompts import PAGE_TOKENS, PREFILL_TOKENS, end_of_turn
 from align.queries import query_reader
+from align.questions import read_calibration
 from reward.service import Server, create_app, listen
 from reward.serving.batching import Limits
 from reward.serving.judging import Service, Settings
 from reward.types import Message
+from reward.verifiers.judge import JudgeModel
 from rollout.native.engine import NativeEngine
 from rollout.service import create_app as create_rollout_app
 from rollout.service import make_server
@@ -38,6 +40,7 @@ def serve_reward(
     label_verifier: str,
     max_body_bytes: int,
     dtype: torch.dtype,
+    judge: JudgeModel | None,
     say: Callable[[str], None],
 ) -> None:
     """Serves the artifact's reward model and tree.
@@ -47,6 +50,7 @@ def serve_reward(
         api_key: that clients have to send; "" asks for none.
         label_verifier: rule for OpenRLHF's plain labels; "" refuses them.
         dtype: of the trunk.
+        judge: asked by the rule `judge`, for trees that hold it.
         say: told the address once clients can connect.
 
     Raises:
@@ -54,7 +58,7 @@ def serve_reward(
             the label verifier.
         OSError: the address is taken.
     """
-    scorer = open_scorer(reward, dtype=dtype)
+    scorer = open_scorer(reward, dtype=dtype, judge=judge)
     artifact = find_artifact(reward)
     settings = Settings(
         limits=limits,
@@ -64,6 +68,9 @@ def serve_reward(
         label_verifier=label_verifier,
         read_text=query_reader(open_tokenizer(reward)),
     )
+    calibration = read_calibration(reward)
+    if calibration is not None:
+        settings = replace(settings, calibrate=calibration.overall.probability)
     service = Service(scorer, settings)
     with listen(host, port) as sock:
         bound = sock.getsockname()[1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.packed import Packed, sent
+from reward.types import Item
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,19 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt as examples; `signal` and `difficulty` as in PreferenceRow."""
+    """Two answers to one prompt as examples; the labels as in PreferenceRow, and their source.
+
+    Args:
+        rules: both answers as a rule judges them, where the row names one.
+    """
 
     chosen: Example
     rejected: Example
     signal: str = "overall"
     difficulty: float = 0.5
     margin: float = 0.0
+    source: str = ""
+    rules: tuple[Item, Item] | None = None
 
 
 @dataclass(frozen=True)

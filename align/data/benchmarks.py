@@ -94,6 +94,32 @@ def llmbar(record: Record, reading: Reading) -> list[Row]:
     return [preference([user(text_field(record, "input"))], chosen, rejected, reading)]
 
 
+# Of the winner's lead: how sure the evaluator was.
+TULU_MARGINS = {"is-better": 1.0, "is-slightly-better": 0.5}
+
+
+def tulu(record: Record, reading: Reading) -> list[Row]:
+    """Two completions and one person's preference in five degrees.
+
+    "Slightly" is half the margin of "better"; difficulty is one minus half the margin, because one
+    person's clear word is still one person's.
+    """
+    told = text_field(record, "preference")
+    if told == "tie":
+        raise Tie("preference is a tie")
+    winner, _, degree = told.partition("-")
+    if winner not in ("a", "b") or degree not in TULU_MARGINS:
+        raise ValueError(
+            f"preference = {told!r:.40}, expected tie, or a- or b- with {' or '.join(TULU_MARGINS)}"
+        )
+    sides = (text_field(record, "completion_a"), text_field(record, "completion_b"))
+    chosen, rejected = sides if winner == "a" else sides[::-1]
+    margin = TULU_MARGINS[degree]
+    prompt = [user(text_field(record, "prompt"))]
+    row = preference(prompt, chosen, rejected, reading, margin=margin, difficulty=1 - margin / 2)
+    return [row]
+
+
 def ifeval(record: Record, reading: Reading) -> list[Row]:
     """Prompt with instruction ids and arguments; arguments that are null are left out."""
     names, kwargs = record["instruction_id_list"], _mappings(record, "kwargs")

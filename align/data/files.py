@@ -15,8 +15,18 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 from datasets import load_dataset
+from pydantic import BaseModel, ConfigDict, Field
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz")
+
+
+class NamedFile(BaseModel):
+    """One file that a config reads beside its rows, or whose records are no rows of their own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(min_length=1)
+    """File, relative to the run's base folder."""
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,7 @@ def to_record(row: Row) -> dict[str, Any]:
             "signal": row.signal,
             "difficulty": row.difficulty,
             "margin": row.margin,
+            **_judged(row),
         }
     return {
         "prompt": list(row.prompt),
@@ -147,6 +148,13 @@ def to_record(row: Row) -> dict[str, Any]:
         "task": row.task,
         "difficulty": row.difficulty,
     }
+
+
+def _judged(row: PreferenceRow) -> dict[str, Any]:
+    """How a rule judges the answers, where one does."""
+    if not row.verifier:
+        return {}
+    return {"answer": row.answer, "verifier": row.verifier, "arguments": dict(row.arguments)}
 
 
 def _format(record: Record, name: str, kind: Kind) -> Format:
@@ -305,6 +313,9 @@ FORMATS: dict[str, Format] = {
     ),
     "llmbar": Format(
         ("input", "output_1", "output_2", "label"), ("preference",), benchmarks.llmbar
+    ),
+    "tulu": Format(
+        ("prompt", "completion_a", "completion_b", "preference"), ("preference",), benchmarks.tulu
     ),
     "alpaca": Format(("instruction", ("output", "response")), ("chat",), _alpaca_chat),
     "ifeval": Format(("prompt", "instruction_id_list", "kwargs"), ("prompt",), benchmarks.ifeval),

@@ -114,6 +114,9 @@ def preference(
         signal=reading.signal or optional_field(record, "signal", "overall"),
         difficulty=difficulty_field(record, difficulty),
         margin=optional_field(record, "margin", margin),
+        answer=optional_field(record, "answer", ""),
+        verifier=optional_field(record, "verifier", ""),
+        arguments=optional_field(record, "arguments", {}),
     )
 
 

@@ -86,6 +86,8 @@ def render_preference(row: PreferenceRow, tokenizer: PreTrainedTokenizerBase) ->
         signal=row.signal,
         difficulty=row.difficulty,
         margin=row.margin,
+        source=row.origin.name,
+        rules=row.items(),
     )
 
 

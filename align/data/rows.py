@@ -55,6 +55,7 @@ class PreferenceRow:
         signal: the reward signal that the label speaks about ("overall" if nobody said).
         difficulty: 0 easy to 1 hard, as known from the data alone.
         margin: how much better chosen is, in the label's own scale; 0 if unknown.
+        answer, verifier, arguments: how a rule judges either answer, as in `reward.types.Item`.
     """
 
     prompt: tuple[Message, ...]
@@ -64,6 +65,19 @@ class PreferenceRow:
     signal: str = "overall"
     difficulty: float = 0.5
     margin: float = 0.0
+    answer: str = ""
+    verifier: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def items(self) -> tuple[Item, Item] | None:
+        """Chosen and rejected as a rule judges them; None without one, or for several turns."""
+        if not self.verifier or len(self.chosen) != 1 or len(self.rejected) != 1:
+            return None
+        chosen, rejected = (
+            Item(self.prompt, turn["content"], self.answer, self.verifier, self.arguments)
+            for turn in (self.chosen[0], self.rejected[0])
+        )
+        return chosen, rejected
 
 
 @dataclass(frozen=True)

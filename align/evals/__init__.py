@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from align.evals import constraints, lm, math, needle, preference, task, win_rate
+from align.evals import constraints, lm, math, needle, preference, refusal, task, win_rate
 from align.evals.reward_artifact import is_reward
 from align.evals.types import Change, Context, EvalResult, compare
 from reward.sandbox import SandboxConfig
@@ -23,6 +23,7 @@ EvalConfig = Annotated[
     | needle.NeedleEval
     | lm.LmEval
     | preference.PreferenceEval
+    | refusal.RefusalEval
     | win_rate.WinRateEval,
     Field(discriminator="kind"),
 ]
@@ -38,11 +39,12 @@ EVALS: Mapping[str, Callable[[Any, Context], EvalResult]] = MappingProxyType(
         "recall": needle.run,
         "lm": lm.run,
         "preference": preference.run,
+        "refusal": refusal.run,
         "win_rate": win_rate.run,
     }
 )
 # What a reward artifact can be asked; the rest needs a policy that writes.
-FOR_REWARD = frozenset({"preference"})
+FOR_REWARD = frozenset({"preference", "refusal"})
 
 
 def run_eval(

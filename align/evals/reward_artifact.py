@@ -10,14 +10,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from align.data.batch import Pair
 from align.data.render import render_item, render_prompt
-from align.evals.likelihood import token_batches
 from align.evals.types import pick_device
-from model import Packed
+from align.pairs import pair_leads
 from reward.model import REWARD_FILE, RewardModel
 from reward.sandbox import Sandbox, SandboxConfig
 from reward.scorer import InProcessScorer, load_scorer
-
-OVERALL = "overall"
+from reward.verifiers.judge import JudgeModel
 
 
 def is_reward(folder: Path) -> bool:
@@ -31,12 +29,17 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def open_scorer(
-    folder: Path, sandbox: SandboxConfig | None = None, *, dtype: torch.dtype = torch.float32
+    folder: Path,
+    sandbox: SandboxConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    judge: JudgeModel | None = None,
 ) -> InProcessScorer:
     """The artifact's reward model and hierarchy, rendering with the artifact's own tokenizer.
 
     Args:
         dtype: of the trunk.
+        judge: asked by the rule `judge`.
     """
     tokenizer = open_tokenizer(folder)
     return load_scorer(
@@ -46,35 +49,15 @@ def open_scorer(
         device=pick_device(),
         sandbox=Sandbox(sandbox),
         dtype=dtype,
+        judge=judge,
     )
 
 
-@torch.no_grad()
 def pair_margins(folder: Path, pairs: Sequence[Pair], *, batch_tokens: int) -> list[float]:
-    """Score of chosen minus rejected, each pair under the head that its label speaks about.
+    """Value of chosen minus rejected, each pair under what its label speaks about.
 
     Raises:
-        ValueError: if a pair's signal is neither a head nor "overall".
+        ValueError: if a pair's label is none of the tree's.
     """
     model = RewardModel.load(folder, device=pick_device())
-    known = (*model.signals, OVERALL)
-    for pair in pairs:
-        if pair.signal not in known:
-            raise ValueError(
-                f"{pair.chosen.place}: signal {pair.signal!r}, expected one of {', '.join(known)}; "
-                "set `signal` on its source"
-            )
-    examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
-    columns: list[dict[str, float]] = []
-    for group in token_batches(examples, batch_tokens):
-        device = model.values.weight.device
-        packed = Packed.from_sequences([example.tokens for example in group], device=device)
-        prompts = [next(i for i, w in enumerate(e.weights) if w) for e in group]
-        output = model(packed, prompts)
-        totals = output.overall.tolist()
-        for values, total in zip(output.values.tolist(), totals, strict=True):
-            columns.append({**dict(zip(model.signals, values, strict=True)), OVERALL: total})
-    return [
-        columns[2 * index][pair.signal] - columns[2 * index + 1][pair.signal]
-        for index, pair in enumerate(pairs)
-    ]
+    return pair_leads(model, pairs, batch_tokens=batch_tokens)

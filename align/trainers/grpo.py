@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 import torch
 from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 

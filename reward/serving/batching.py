@@ -377,7 +377,8 @@ class Batcher:
             ticket.done.set_exception(error)
 
     def _combined(self, ticket: _Ticket, index: int) -> Judged:
-        heads, rules = ticket.heads[index], ticket.rules[index]
+        heads, item = ticket.heads[index], ticket.tasks[index].item
+        rules = ticket.rules[index] | self.scorer.pattern_signals(item)
         num_tokens = len(ticket.encoded[index].tokens)
         if isinstance(heads, str):
             return Judged(self.scorer.unknown(rules, heads), None, num_tokens)

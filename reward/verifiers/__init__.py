@@ -17,6 +17,7 @@ from reward.verifiers.code import verify_code
 from reward.verifiers.constraints import verify_constraints
 from reward.verifiers.facts import verify_facts
 from reward.verifiers.form import verify_json, verify_language, verify_length, verify_repetition
+from reward.verifiers.judge import JudgeModel, unconfigured
 from reward.verifiers.math import verify_math
 from reward.verifiers.text import verify_exact, verify_retrieval
 
@@ -29,6 +30,7 @@ VERIFIERS: Mapping[str, Callable[[Item], Verdict]] = MappingProxyType(
         "exact": verify_exact,
         "facts": verify_facts,
         "json": verify_json,
+        "judge": unconfigured,
         "language": verify_language,
         "length": verify_length,
         "math": verify_math,
@@ -38,12 +40,16 @@ VERIFIERS: Mapping[str, Callable[[Item], Verdict]] = MappingProxyType(
 )
 
 
-def verify(item: Item, sandbox: Sandbox | None = None) -> Verdict:
+def verify(
+    item: Item, sandbox: Sandbox | None = None, *, judge: JudgeModel | None = None
+) -> Verdict:
     """The verdict of the rule that the item names.
 
     Args:
         sandbox: where programs run; None takes the shared one, which refuses to run them where
             nothing isolates.
+        judge: asked by the rule `judge`; None leaves that rule without a verdict.
+
     Raises: ValueError if the item names no rule, an unknown one, or lacks what the rule needs.
 
     Example:
@@ -58,11 +64,16 @@ def verify(item: Item, sandbox: Sandbox | None = None) -> Verdict:
         )
     if item.verifier == "code":
         return verify_code(item, sandbox)
+    if item.verifier == "judge" and judge is not None:
+        return judge.verify(item)
     return VERIFIERS[item.verifier](item)
 
 
-def verify_all(items: Sequence[Item], sandbox: Sandbox | None = None) -> list[Verdict]:
-    """One verdict an item, in order; programs run side by side, as many as the sandbox allows.
+def verify_all(
+    items: Sequence[Item], sandbox: Sandbox | None = None, *, judge: JudgeModel | None = None
+) -> list[Verdict]:
+    """One verdict an item, in order; programs run and the judge is asked side by side, as many as
+    the sandbox and the judge allow.
 
     Raises: ValueError as `verify`.
 
@@ -72,8 +83,13 @@ def verify_all(items: Sequence[Item], sandbox: Sandbox | None = None) -> list[Ve
         [1.0, 0.0]
     """
     sandbox = shared_sandbox() if sandbox is None else sandbox
-    programs = sum(item.verifier == "code" for item in items)
-    if programs < 2:
-        return [verify(item, sandbox) for item in items]
-    with ThreadPoolExecutor(min(programs, sandbox.config.places)) as pool:
-        return list(pool.map(lambda item: verify(item, sandbox), items))
+    waiting = sum(item.verifier in ("code", "judge") for item in items)
+    if waiting < 2:
+        return [verify(item, sandbox, judge=judge) for item in items]
+    places = (
+        sandbox.config.places
+        if judge is None
+        else max(sandbox.config.places, judge.config.max_parallel)
+    )
+    with ThreadPoolExecutor(min(waiting, places)) as pool:
+        return list(pool.map(lambda item: verify(item, sandbox, judge=judge), items))

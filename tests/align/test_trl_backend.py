@@ -171,7 +171,7 @@ def test_grpo_samples_and_learns_as_the_native_backend(
 ) -> None:
     # Every answer is nearly always wrong, so a score that varies takes the judge's place.
     monkeypatch.setattr(
-        "reward.scorer.verify_all", lambda items, _: [_share(item.response) for item in items]
+        "reward.scorer.verify_all", lambda items, _, **__: [_share(item.response) for item in items]
     )
     config = grpo_config(tmp_path, loss=loss, updates_per_rollout=1)
     ours, theirs, native, other = both(tmp_path, start, config, grpo.run)
@@ -192,7 +192,7 @@ def test_grpo_with_adapters_and_a_reference_and_reused_rollouts(
     tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "reward.scorer.verify_all", lambda items, _: [_share(item.response) for item in items]
+        "reward.scorer.verify_all", lambda items, _, **__: [_share(item.response) for item in items]
     )
     loss = PolicyLossConfig(objective="grpo", beta=0.1)
     config = grpo_config(

@@ -16,14 +16,14 @@ from reward.curriculum import (
     open_share,
     order,
     rank,
-    record,
 )
 
 
 def facts(
     row: float = 0.5, *, signal: str = "style", margin: float = 0.0, lengths=(5, 5), model=None
 ):
-    return PairFacts("a.jsonl:1", signal, row, margin, *lengths, model)
+    phase = 2 if signal == "overall" else 0
+    return PairFacts("a.jsonl:1", signal, row, margin, *lengths, model, phase)
 
 
 def test_difficulty_is_bounded_and_follows_what_is_known():
@@ -83,12 +83,6 @@ def test_leaves_come_before_the_whole_and_signals_are_spread():
     assert {rows[index].signal for index in mixed[:3]} == {"style", "correctness", "overall"}
 
 
-def test_the_record_says_what_was_seen_when():
-    rows = [facts(0.0), facts(1.0)]
-    seen = record(rows, CurriculumConfig(length_weight=0.0), [[0], [1, 0]])
-    assert [(line.difficulty, line.step) for line in seen] == [(0.0, 0), (1.0, 1), (0.0, 1)]
-
-
 def test_nothing_to_order_is_an_error():
     with pytest.raises(ValueError, match="0 pairs in 1 epochs, expected 1 or more of both"):
         order([], CurriculumConfig(), epochs=1, seed=0)
@@ -97,3 +91,43 @@ def test_nothing_to_order_is_an_error():
 def test_weights_that_measure_nothing_are_an_error():
     with pytest.raises(ValidationError, match="row_weight and length_weight are 0"):
         CurriculumConfig(row_weight=0.0, length_weight=0.0)
+
+
+def test_three_phases_come_in_order():
+    rows = [
+        PairFacts("a:1", label, 0.5, 0.0, 5, 5, phase=phase)
+        for phase, label in ((2, "overall"), (1, "helpfulness"), (0, "style"))
+        for _ in range(3)
+    ]
+    ranked = [rows[index].phase for index in rank(rows, CurriculumConfig())]
+    assert ranked == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_a_source_named_hard_is_hard():
+    config = CurriculumConfig(source_weight=2.0, sources={"web": 1.0, "book": 0.0})
+    web, book, other = (
+        PairFacts("a:1", "style", 0.5, 0.0, 5, 5, source=name) for name in ("web", "book", "")
+    )
+    assert difficulty(web, config) > difficulty(other, config) > difficulty(book, config)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pacing": "competence"}, "competence with refreshes = 0"),
+        ({"refreshes": 2}, "nothing uses what they measure"),
+        ({"source_weight": 1.0}, "give both or none"),
+        ({"source_weight": 1.0, "sources": {"a": 2.0}}, "expected difficulties from 0 to 1"),
+    ],
+)
+def test_keys_that_do_not_fit_together_are_errors(given, message):
+    with pytest.raises(ValidationError, match=message):
+        CurriculumConfig(**given)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0.01, 1))
+def test_competence_opens_more_and_never_lags_behind_progress(progress, able, start):
+    config = CurriculumConfig(pacing="competence", refreshes=1, start_share=start)
+    share = open_share(config, progress, able)
+    assert share >= max(progress, start) - 1e-12
+    assert open_share(config, progress, 0.0) <= share <= 1 + 1e-12

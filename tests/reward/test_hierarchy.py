@@ -162,7 +162,7 @@ def test_wrong_input_is_an_error(signals, gate, message):
         ({"helpfulness": {"signals": {"a": {"weight": "1"}}}}, "valid number"),
         (
             {"helpfulness": {"signals": {"a": {"verifiers": ["maths"]}}}},
-            "verifiers = maths, expected some of code, constraints, exact, facts, json, language",
+            "verifiers = maths, expected some of code, constraints, exact, facts, json, judge",
         ),
         ({"helpfulness": {"signals": {"a": {"head": False}}}}, "leave no judge; give one of them"),
         (

@@ -123,6 +123,11 @@ BAD = {
         "r.yaml:6: grpo.reward = sft: this stage is of kind sft, expected one that is a reward "
         "stage; the recipe has none yet; add one",
     ),
+    "a key for a judge that is no service": (
+        ONE + "  - {name: grpo, kind: grpo, reward_key_env: KEY}\n",
+        "r.yaml:6: grpo: reward_key_env is the key of a scoring service; give reward its URL or "
+        "remove it",
+    ),
     "reward for a kind without judge": (
         ONE + "    reward: rm\n  - {name: rm, kind: reward}\n",
         "r.yaml:6: sft.reward = rm: a stage of kind sft has no judge; remove the key",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from align.data.render import render_prompt
 from align.evals.reward_artifact import open_scorer
 from align.policy import load_policy
 from align.prompts import end_of_turn
+from align.questions import HeadCalibration
+from reward.calibration import Calibration
 from reward.types import Item
 from rollout.native.engine import NativeEngine
 from rollout.sync import checksums, weights
@@ -73,6 +77,32 @@ def test_an_artifact_is_served_with_its_digest_its_tokenizer_and_a_key(artifact,
     (line,) = [line for line in result.stderr.splitlines() if "described at" in line]
     assert line.startswith(f"{local.version} at http://127.0.0.1:")
     assert "open to whoever" not in line
+
+
+def test_a_calibrated_artifact_serves_calibrated_chances(judge, tmp_path, monkeypatch):  # noqa: F811
+    artifact = Path(shutil.copytree(judge, tmp_path / "copy"))
+    monkeypatch.setattr("stages.serving.Server", InstantServer)
+    monkeypatch.setenv("REWARD_KEY", "k1")
+    options = ("--port", "0", "--api-key-env", "REWARD_KEY", "--label-verifier", "math")
+
+    def served() -> dict:
+        result = align("serve-reward", str(artifact), *options)
+        assert result.exit_code == 0, result.stderr
+        return InstantServer.answers["/v1/score"]
+
+    plain = served()
+    fitted = HeadCalibration(
+        overall=Calibration(temperature=4.0, num_pairs=50), temperatures={}, ece_as_trained=0.1
+    )
+    (artifact / "calibration.json").write_text(fitted.model_dump_json())
+    calibrated = served()
+    assert (plain["judge"]["calibrated"], calibrated["judge"]["calibrated"]) == (False, True)
+    before, after = (told["scores"][0]["probability"] for told in (plain, calibrated))
+    logit = math.log(before / (1 - before))
+    assert after == pytest.approx(1 / (1 + math.exp(-logit / 4)), abs=1e-6)
+    (artifact / "calibration.json").write_text("{}")
+    result = align("serve-reward", str(artifact), *options)
+    assert "calibration.json: cannot read it" in result.stderr
 
 
 def test_what_is_missing_or_wrong_is_one_line(judge, tmp_path, monkeypatch):  # noqa: F811

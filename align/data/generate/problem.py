@@ -107,6 +107,9 @@ class Problem:
             origin=self.origin,
             signal=WAYS[way].signal,
             difficulty=(self.difficulty + WAYS[way].difficulty) / 2,
+            answer=self.answer,
+            verifier=self.verifier,
+            arguments=self.arguments,
         )
 
 

@@ -33,6 +33,7 @@ GSM8K = {
 }
 SVAMP = {"Body": "A pack costs 76 dollars", "Question": "How much?", "Answer": 51.0, "ID": "1"}
 PANDALM = {"idx": 0, "instruction": "Add.", "input": "2+2", "response1": "4", "response2": "5"}
+TULU = {"prompt": "2+2?", "completion_a": "5", "completion_b": "4"}
 VOTES = {"annotator1": 1, "annotator2": 1, "annotator3": 2}
 QMSUM = {
     "meeting_transcripts": [
@@ -255,6 +256,12 @@ CASES: list[tuple[str, str, dict[str, Any], list[Row]]] = [
         {**PANDALM, "annotator1": 2, "annotator2": 2, "annotator3": 2},
         [PreferenceRow((user("Add.\n\n2+2"),), (BAD,), (GOOD,), HERE, difficulty=0.0, margin=1.0)],
     ),
+    (
+        "tulu",
+        "preference",
+        {**TULU, "preference": "b-is-slightly-better"},
+        [PreferenceRow((user("2+2?"),), (GOOD,), (BAD,), HERE, difficulty=0.75, margin=0.5)],
+    ),
     ("llmbar", "auto", {"input": "2+2?", "output_1": "5", "output_2": "4", "label": 2}, [PAIR]),
     (
         "ifeval",
@@ -368,6 +375,19 @@ def test_share_gpt_leaves_its_record_as_it_was():
     record = {"conversations": [dict(SAID), {"from": "gpt", "value": "4"}]}
     read_record(record, HERE)
     assert record == {"conversations": [SAID, {"from": "gpt", "value": "4"}]}
+
+
+@pytest.mark.parametrize(
+    ("told", "error", "message"),
+    [
+        ("tie", Tie, "preference is a tie"),
+        ("c-is-better", ValueError, "preference = 'c-is-better', expected tie"),
+        ("a-is-best", ValueError, "preference = 'a-is-best', expected tie"),
+    ],
+)
+def test_a_tulu_preference_that_names_no_winner(told: str, error: type, message: str):
+    with pytest.raises(error, match=message):
+        read_record({**TULU, "preference": told}, HERE, kind="preference")
 
 
 @pytest.mark.parametrize("votes", [(0, 0, 0), (0, 0, 1), (0, 1, 2), (1, 0, 0)])

@@ -293,7 +293,7 @@ def test_win_rate_may_be_judged_by_the_reward_model(ask: Any, folders: Mapping[s
 
 def test_the_table_holds_every_kind() -> None:
     kinds = {"task", "math", "constraints", "needle", "multi_needle", "recall"}
-    assert set(EVALS) == kinds | {"lm", "preference", "win_rate"}
+    assert set(EVALS) == kinds | {"lm", "preference", "refusal", "win_rate"}
 
 
 @pytest.mark.parametrize(
@@ -327,5 +327,5 @@ def test_wrong_artifacts_are_refused(ask: Any) -> None:
     with pytest.raises(ValueError, match="is a reward model, expected a policy"):
         ask({"kind": "math"}, policy="reward")
     pair = {**TASK, "signal": "beauty"}
-    with pytest.raises(ValueError, match="signal 'beauty', expected one of"):
+    with pytest.raises(ValueError, match="signal = 'beauty', expected one of"):
         ask({"kind": "preference", "data": [pair]}, policy="reward")

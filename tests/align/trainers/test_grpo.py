@@ -23,13 +23,17 @@ from align.lora import LoraConfig, apply_lora
 from align.losses.policy import PolicyLossConfig
 from align.optim import OptimConfig
 from align.policy import load_policy
-from align.prompts import Prompt, Prompts
+from align.prompts import Prompt, Prompts, open_scorer
 from align.trainers.grpo import GrpoConfig, GrpoCourse, Tools, run
 from reward.hierarchy import HIERARCHY
 from reward.model import RewardModel
+from reward.scorer import InProcessScorer
+from reward.serving.judging import Service
+from reward.serving.judging import Settings as ServiceSettings
 from reward.types import Item, Score
 from rollout.sync import checksums
 from tests.align import small
+from tests.reward.live import served
 
 DATA = (DataConfig(task="sort", num_rows=8),)
 
@@ -380,6 +384,28 @@ def test_a_reward_artifact_judges_what_no_rule_can(tmp_path: Path):
     assert told[0]["reward/std"] > 0
     assert told[0]["rollout/flat_groups"] == 0
     assert "accuracy/all" not in told[0]
+
+
+def test_a_scoring_service_judges_as_its_artifact_would_here(tmp_path: Path):
+    RewardModel(small.model(seed=3).model, HIERARCHY).save(tmp_path / "reward")
+    settings = config(data=unruled_prompts(tmp_path), max_steps=1)
+    start = small.start(tmp_path / "start")
+    own = {"inputs": {"reward": tmp_path / "reward"}}
+    here = small.job(tmp_path / "here", start, base=tmp_path, **own)
+    run(settings, here)
+    judge = open_scorer(here, small.tokenizer())
+    assert isinstance(judge, InProcessScorer)
+    with served(Service(judge, ServiceSettings(api_key="k"))) as live:
+        service = {"reward_url": live.url, "reward_key": "k"}
+        there = small.job(tmp_path / "there", start, base=tmp_path, **service)
+        run(settings, there)
+    told = [lines(job.folder)[0] for job in (here, there)]
+    assert told[0]["reward/std"] > 0
+    for key in ("reward/mean", "reward/std", "loss", "grad_norm"):
+        assert told[1][key] == pytest.approx(told[0][key], abs=1e-5, rel=1e-3)
+    wrong = small.job(tmp_path / "wrong", start, reward_url="http://127.0.0.1:9", reward_key="")
+    with pytest.raises(RuntimeError, match="no answer within"):
+        open_scorer(wrong, small.tokenizer(), deadline_s=0.1)
 
 
 def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: Any):

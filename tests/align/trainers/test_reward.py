@@ -20,22 +20,19 @@ from align.data.loader import PackedData
 from align.data.render import render_item, render_prompt
 from align.data.sources import DataConfig
 from align.data.supply import supply_pairs
+from align.lessons import Lessons
 from align.losses.dpo import sequence_logprobs
 from align.optim import OptimConfig
-from align.trainers.reward import (
-    REPORT_FILE,
-    RewardConfig,
-    RewardCourse,
-    arranged,
-    held_out,
+from align.pairs import (
     pair_accuracy,
     pair_facts,
     pair_leads,
     policy_margins,
     prompt_lengths,
-    run,
     to_end_of_turn,
 )
+from align.questions import QUESTIONS_FILE, read_calibration
+from align.trainers.reward import REPORT_FILE, RewardConfig, RewardCourse, held_out, run
 from model import HybridForCausalLM
 from reward.curriculum import CurriculumConfig
 from reward.hierarchy import Hierarchy
@@ -52,8 +49,15 @@ TREE = {
     }
 }
 COLUMNS = ("correctness", "style", "overall")
+LABELS = ("correctness", "style", "helpfulness", "overall")
 # Signal -> word of the chosen and of the rejected answer.
-WORDS = {"correctness": ("cat", "hat"), "style": ("mat", "rat"), "overall": ("cat mat", "hat rat")}
+WORDS = {
+    "correctness": ("cat", "hat"),
+    "style": ("mat", "rat"),
+    "helpfulness": ("mat", "rat"),
+    "overall": ("cat mat", "hat rat"),
+    "safety": ("mat", "rat"),
+}
 
 
 def write_pairs(path: Path, count: int, signals: tuple[str, ...] = COLUMNS) -> Path:
@@ -101,7 +105,7 @@ def labelled(count: int) -> list[Pair]:
 def course(pairs: list[Pair], tmp_path: Path, **changes: Any) -> RewardCourse:
     data = PackedData(pairs, sequence_tokens=64, shuffle=False)
     accelerator = small.job(tmp_path).accelerator
-    return RewardCourse(data, accelerator, columns=COLUMNS, config=config(**changes))
+    return RewardCourse(data, accelerator, labels=LABELS, config=config(**changes))
 
 
 def test_a_label_trains_its_own_head_and_no_other(tmp_path):
@@ -175,28 +179,109 @@ def test_values_are_read_at_the_end_of_the_turn():
     assert pair_leads(model, [replace(pair, signal="style")]) == pair_leads(model, [cut])
 
 
+def lessons(count: int = 16, curriculum: Any = "none", **changes: Any) -> Lessons:
+    pairs, tree = labelled(count), Hierarchy.model_validate(TREE)
+    given = {"sequence_tokens": 64, "batch_items": 4, "epochs": 2, "seed": 1} | changes
+    data = PackedData(pairs, **given)
+    return Lessons(data, [pair_facts(pair, tree) for pair in pairs], curriculum)
+
+
+def indices_of(plan: Lessons, step: int) -> list[int]:
+    known = [pair.chosen.tokens for pair in plan.pairs]
+    return [known.index(p.chosen.tokens) for b in plan.batches(step, 0, 1) for p in b.pairs]
+
+
 @pytest.mark.parametrize(("max_steps", "num_steps"), [(0, 8), (3, 3), (11, 11)])
 def test_curriculum_and_random_order_see_the_same_pairs_equally_often(max_steps, num_steps):
-    pairs = labelled(16)
-    facts = [pair_facts(pair) for pair in pairs]
-    data = PackedData(
-        pairs, sequence_tokens=64, batch_items=4, epochs=2, max_steps=max_steps, seed=1
-    )
     seen = []
     for curriculum in ("none", CurriculumConfig()):
-        given = config(curriculum=curriculum)
-        ordered, drawn = arranged(given, data, facts, seed=1)
-        assert ordered.num_steps == num_steps
-        steps = [
-            [drawn[i] for s in ordered.step_items(step) for i in s] for step in range(num_steps)
-        ]
+        plan = lessons(curriculum=curriculum, max_steps=max_steps)
+        assert plan.num_steps == num_steps
+        steps = [indices_of(plan, step) for step in range(num_steps)]
         assert all(len(step) == 4 for step in steps)
         seen.append([i for step in steps for i in step])
     if not max_steps:
         assert Counter(seen[0]) == Counter(seen[1]) == Counter(dict.fromkeys(range(16), 2))
-    hardest = [pairs[i].difficulty for i in seen[1][:4]]
+    hardest = [plan.pairs[i].difficulty for i in seen[1][:4]]
     assert max(hardest) < 0.8
-    assert "overall" not in {pairs[i].signal for i in seen[1][:2]}
+    assert "overall" not in {plan.pairs[i].signal for i in seen[1][:2]}
+
+
+def refreshed(plan: Lessons, margins: list[float]) -> list[list[int]]:
+    found = []
+    for step in range(plan.num_steps):
+        if plan.is_due(step):
+            plan.draw(margins if step else [])
+        found.append(indices_of(plan, step))
+    return found
+
+
+def test_a_refresh_reorders_what_is_left_and_keeps_every_pair_equally_often():
+    curriculum = CurriculumConfig(
+        model_weight=9.0, refreshes=3, start_share=0.1, full_at=1.0, leaves_first=False
+    )
+    late_wrong = [9.0 - i for i in range(16)]
+    rising = refreshed(lessons(curriculum=curriculum), late_wrong)
+    falling = refreshed(lessons(curriculum=curriculum), late_wrong[::-1])
+    for steps in (rising, falling):
+        assert Counter(i for step in steps for i in step) == Counter(dict.fromkeys(range(16), 2))
+    assert rising[:2] == falling[:2]
+    # What the model already ranks right comes first: then by index, or against it.
+    assert sum(rising[2] + rising[3]) < sum(falling[2] + falling[3])
+
+
+def test_competence_opens_the_hard_pairs_earlier():
+    curriculum = CurriculumConfig(
+        pacing="competence", refreshes=1, start_share=0.1, leaves_first=False
+    )
+    shown = {}
+    for name, margin in (("able", 1.0), ("unable", -1.0)):
+        plan = lessons(curriculum=curriculum, epochs=1)
+        steps = refreshed(plan, [margin] * 16)
+        shown[name] = max(plan.pairs[i].difficulty for i in steps[2])
+        assert Counter(i for step in steps for i in step) == Counter(range(16))
+    assert shown["able"] > shown["unable"]
+
+
+def test_a_resumed_run_draws_as_if_it_had_not_stopped():
+    curriculum = CurriculumConfig(model_weight=1.0, refreshes=3)
+    whole = lessons(curriculum=curriculum)
+    steps = refreshed(whole, [float(i) for i in range(16)])
+    first = lessons(curriculum=curriculum)
+    for step in range(5):
+        if first.is_due(step):
+            first.draw([float(i) for i in range(16)] if step else [])
+    second = lessons(curriculum=curriculum)
+    second.load_state_dict(first.state_dict())
+    rest = []
+    for step in range(5, second.num_steps):
+        if second.is_due(step):
+            second.draw([float(i) for i in range(16)])
+        rest.append(indices_of(second, step))
+    assert rest == steps[5:]
+
+
+def test_the_record_tells_the_margin_then_and_later():
+    plan = lessons(curriculum=CurriculumConfig(refreshes=1, model_weight=1.0), epochs=1)
+    steps = refreshed(plan, [0.0] * 16)
+    then = {
+        (step, plan.pairs[i].chosen.place): step + i / 100
+        for step, some in enumerate(steps)
+        for i in some
+    }
+    later = [float(i) for i in range(16)]
+    lines = plan.record(then, later)
+    assert [line.step for line in lines] == sorted(line.step for line in lines)
+    assert Counter(line.later for line in lines) == Counter(later)
+    assert all(line.margin == pytest.approx(line.step + line.later / 100) for line in lines)
+
+
+def test_refreshes_without_batch_items_are_refused():
+    curriculum = CurriculumConfig(refreshes=1, model_weight=1.0)
+    with pytest.raises(ValueError, match="refreshes = 1 with batch_items = 0"):
+        lessons(curriculum=curriculum, batch_items=0)
+    with pytest.raises(ValidationError, match="refreshes = 1 with batch_items = 0"):
+        config(curriculum=curriculum, batch_items=0)
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
@@ -257,6 +342,33 @@ def test_a_run_is_repeatable_and_none_is_another_order(tmp_path):
     assert len(seen) == len(other)
 
 
+def test_a_refreshed_run_asks_the_reward_model_and_records_what_it_said(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 60, ("correctness", "style", "helpfulness"))
+    curriculum = {"pacing": "competence", "model_weight": 1.0, "refreshes": 2}
+    job = small.job(tmp_path, small.start(tmp_path / "start"))
+    run(config(curriculum=curriculum, epochs=2, log_every_steps=1), job)
+    told = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    asked = [line["step"] for line in told if "refresh_tokens" in line]
+    assert len(asked) == 2
+    lines = [
+        json.loads(one) for one in (job.artifact / "curriculum.jsonl").read_text().splitlines()
+    ]
+    # The finished model has learned them: later leads are wider than those that were trained.
+    assert sum(line["later"] for line in lines) > sum(line["margin"] for line in lines) + len(lines)
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    phases = [line["signal"] == "helpfulness" for line in lines]
+    assert not any(phases[:8])
+
+
+def test_a_dimensions_label_trains_its_heads_and_no_other(tmp_path):
+    pairs = [replace(pair, signal="helpfulness") for pair in labelled(3)]
+    model = reward_model()
+    course(pairs, tmp_path).loss(model, Batch.from_pairs(pairs)).sum.backward()
+    grad = model.values.weight.grad
+    assert grad[0].abs().sum() == 0
+    assert grad[1].abs().sum() > 0
+
+
 def test_the_starting_policys_margins_are_mean_logprob_differences():
     policy, pairs = small.model().requires_grad_(False), labelled(4)
     expected = []
@@ -301,6 +413,28 @@ def test_a_task_holds_out_its_share_of_rows(tmp_path):
     assert not {prompt(pair) for pair in dev} & {prompt(pair) for pair in train.items}
 
 
+def test_a_constitution_brings_its_own_heads_and_floor(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 40, ("correctness", "safety"))
+    (tmp_path / "c.yaml").write_text("criteria: {safety: {text: Hurts nobody.}}\nfloor: 0.2\n")
+    tree = {"dimensions": {"correctness": TREE["dimensions"]["correctness"]}}
+    job = small.job(tmp_path, small.start(tmp_path / "start"))
+    run(config(constitution={"path": "c.yaml"}, hierarchy=tree), job)
+    judge = RewardModel.load(job.artifact)
+    assert judge.signals == ("correctness", "safety")
+    assert judge.hierarchy.dimensions["harmlessness"].floor == 0.2
+
+
+def test_the_artifact_holds_its_calibration_unless_told_not_to(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 120)
+    start = small.start(tmp_path / "start")
+    for method in ("temperature", "isotonic", "none"):
+        job = small.job(tmp_path / method, start, base=tmp_path)
+        run(config(calibration=method, max_steps=8), job)
+        fitted = read_calibration(job.artifact)
+        assert (fitted.overall.method if fitted else "none") == method
+        assert (job.artifact / QUESTIONS_FILE).exists() == (method != "none")
+
+
 def expect(message: str, tmp_path: Path, **changes: Any) -> None:
     start = tmp_path / "start"
     if not start.exists():
@@ -315,7 +449,7 @@ def test_what_cannot_be_trained_is_an_error(tmp_path):
     expect(r"dev = \[\] and no source of data has split: train", tmp_path, data=everything)
     tree = {"dimensions": {"helpfulness": {"signals": {"style": {}}}}}
     expect(
-        r"pairs.jsonl:\d+: signal = 'correctness', expected one of style, overall",
+        r"pairs.jsonl:\d+: signal = 'correctness', expected one of style, helpfulness, overall",
         tmp_path,
         hierarchy=tree,
     )
