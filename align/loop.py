@@ -50,7 +50,8 @@ class TrainConfig(BaseModel):
     batch_items: int = Field(default=0, ge=0)
     """If above 0, rows (or pairs) per optimizer step in place of batch_sequences."""
     micro_sequences: int = Field(default=1, ge=1)
-    """Packed sequences per forward pass of one process; changes memory, not the result."""
+    """Packed sequences per forward pass, the piece in which a step is dealt out to processes: give it
+    one for each or more. Changes memory, and what the experts' balance and capacity count."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the data; not used when max_steps is set."""
     max_steps: int = Field(default=0, ge=0)
@@ -182,6 +183,7 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
             operations=trained_operations(model),
             hosts=host_group(accelerator),
             mesh=mesh,
+            seed=job.seed,
         ),
         config=config,
         job=job,
@@ -236,11 +238,15 @@ def _one_step(run: _Run, index: int) -> None:
     began = time.monotonic()
     run.updater.trained.model.train()
     step = run.course.step(index)
-    updated = run.updater.update(step.batches, title=f"{run.job.name}: step {index + 1}")
-    for loss in updated.losses:
-        run.meter.add(loss)
-    for name, value in step.metrics.items():
-        run.meter.add_value(name, value)
+    title = f"{run.job.name}: step {index + 1}"
+    updated = run.updater.update(step.batches, index=index, title=title)
+    # once each: processes that share a row all have its losses, and all have the step's metrics
+    if run.updater.mesh.sequence.rank == 0:
+        for loss in updated.losses:
+            run.meter.add(loss)
+    if run.job.accelerator.is_main_process:
+        for name, value in step.metrics.items():
+            run.meter.add_value(name, value)
     run.tokens += updated.tokens
     run.trained_tokens += updated.trained_tokens
     run.operations += updated.operations

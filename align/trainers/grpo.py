@@ -16,6 +16,7 @@ import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal, Self
 
 import torch
@@ -143,7 +144,8 @@ class GrpoCourse:
             max_tokens=prompts.max_tokens + config.max_new_tokens,
             autocast=torch.bfloat16 if config.has_autocast else None,
         )
-        # Experience of the rollout's later steps, the next one first.
+        # Experience of the rollout's later steps, the next one first; of all processes, so that a
+        # checkpoint of it fits any number of them.
         self.waiting: list[list[Example]] = []
         self.is_on_policy = True
 
@@ -159,7 +161,8 @@ class GrpoCourse:
                 "resume from a checkpoint of this run"
             )
         self.is_on_policy = place == 0
-        return Step(self._batches(self.waiting.pop(0)), metrics)
+        row, rows = self._row
+        return Step(self._batches(self.waiting.pop(0))[row::rows], metrics)
 
     def count(self, batch: Batch) -> float:
         return policy_count(batch.weights, batch.packed.lengths, self.config.loss)
@@ -204,10 +207,10 @@ class GrpoCourse:
         self.waiting = [[Example(*values) for values in later] for later in state["waiting"]]
 
     def _rollout(self, index: int) -> tuple[list[list[Example]], dict[str, float]]:
-        """Experience of this process for the steps from `index` on, and numbers of all processes.
+        """Experience of all processes for the steps from `index` on, in the prompts' order.
 
         Groups are judged against themselves; a deviation over the batch is over all processes. All
-        processes sample, each prompts of its own; those that share rows learn from each other's.
+        processes sample, each prompts of its own, and are told what the others sampled.
         """
         config, accelerator = self.config, self.job.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -228,24 +231,16 @@ class GrpoCourse:
             scorer=self.tools.scorer,
         )
         every = gather_object([groups]) if world > 1 else [groups]
-        found = advantages([g.scores for share in every for g in share], config.scale)
-        together = [group for share in every for group in share]
+        # back in the prompts' own order, in which nothing shows who sampled what
+        shares = [iter(share) for share in every]
+        by_step = [[next(shares[n % world]) for n in range(len(of_step))] for of_step in prompts]
+        together = [group for of_step in by_step for group in of_step]
+        found = advantages([group.scores for group in together], config.scale)
+        values = iter(found.values)
+        if config.flat_groups == "leave_out":
+            values = (v if any(v) else (None,) * len(v) for v in found.values)
+        steps = [examples_of(of_step, list(islice(values, len(of_step)))) for of_step in by_step]
         metrics = describe(together, found)
-        # the places in `together` of each step's prompts, in the prompts' own order
-        places = [[0] * len(of_step) for of_step in prompts]
-        every_place = iter(range(len(together)))
-        for sampler in range(world):
-            for of_step in places:
-                for number in range(sampler, len(of_step), world):
-                    of_step[number] = next(every_place)
-        row, rows = config.parallel.place(rank), config.parallel.rows_at_once(world)
-        steps: list[list[Example]] = []
-        for of_step in places:
-            mine = of_step[row::rows]
-            values = tuple(found.values[place] for place in mine)
-            if config.flat_groups == "leave_out":
-                values = tuple(v if any(v) else (None,) * len(v) for v in values)
-            steps.append(examples_of([together[place] for place in mine], values))
         if config.behaviour == "trainer":
             steps[1:] = [self._rescored(examples) for examples in steps[1:]]
         return steps, metrics
@@ -264,30 +259,50 @@ class GrpoCourse:
             for place in places
         ]
 
+    @property
+    def _row(self) -> tuple[int, int]:
+        """Which of the rows computed at once this process has a part in, and how many there are."""
+        parallel, accelerator = self.config.parallel, self.job.accelerator
+        place = parallel.place(accelerator.process_index)
+        return place, parallel.rows_at_once(accelerator.num_processes)
+
     def _batches(self, examples: Sequence[Example]) -> tuple[Batch, ...]:
+        """Microbatches of a whole step, to be dealt out by turns."""
         lengths = [len(example.tokens) for example in examples]
         runs = pack(lengths, self.config.sequence_tokens)
         size = self.config.micro_sequences
         micro = [runs[i : i + size] for i in range(0, len(runs), size)]
         return tuple(Batch.from_examples(examples[m[0].start : m[-1].stop]) for m in micro)
 
-    @torch.no_grad()
     def _rescored(self, examples: Sequence[Example]) -> list[Example]:
         """The same examples with the trainer's own log-probabilities, packed as they will be."""
-        device = self.job.accelerator.device
+        batches = self._batches(examples)
+        lengths = (length for batch in batches for length in batch.packed.lengths)
+        logprobs = [x for batch in self._logprobs(batches) for x in batch]
         rescored: list[Example] = []
-        for batch in self._batches(examples):
-            with self._precision():
-                logprobs = self._forward(self.policy, batch.to(device)).logprobs.tolist()
-            start = 0
-            for length in batch.packed.lengths:
-                example = examples[len(rescored)]
-                shifted = (0.0, *logprobs[start : start + length - 1])
-                weighed = zip(shifted, example.weights, strict=True)
-                behaviour = tuple(x if weight else 0.0 for x, weight in weighed)
-                rescored.append(replace(example, behaviour_logprobs=behaviour))
-                start += length
+        start = 0
+        for example, length in zip(examples, lengths, strict=True):
+            shifted = (0.0, *logprobs[start : start + length - 1])
+            weighed = zip(shifted, example.weights, strict=True)
+            behaviour = tuple(x if weight else 0.0 for x, weight in weighed)
+            rescored.append(replace(example, behaviour_logprobs=behaviour))
+            start += length
         return rescored
+
+    @torch.no_grad()
+    def _logprobs(self, batches: Sequence[Batch]) -> list[list[float]]:
+        """Of each batch; processes compute those that they will learn from and tell the others."""
+        accelerator, (row, rows) = self.job.accelerator, self._row
+        mine: dict[int, list[float]] = {}
+        for first in range(0, len(batches), rows):
+            # a process with no batch left joins in the last, so that collectives inside meet
+            number = min(first + row, len(batches) - 1)
+            with self._precision():
+                out = self._forward(self.policy, batches[number].to(accelerator.device))
+            mine[number] = out.logprobs.tolist()
+        every = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+        found = {number: logprobs for share in every for number, logprobs in share.items()}
+        return [found[number] for number in range(len(batches))]
 
     def _forward(self, model: nn.Module, batch: Batch) -> Any:
         return model(
