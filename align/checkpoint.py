@@ -3,8 +3,8 @@
 A checkpoint is written into a temporary folder, flushed, marked complete, and renamed; a reader
 looks only at folders with the mark.
 
-    step-N/sharded/       trained weights and optimizer: each process writes what it holds, and reads
-                          what it will hold (torch.distributed.checkpoint)
+    step-N/sharded/       trained weights and optimizer: each process writes what it holds, and
+                          reads what it will hold (torch.distributed.checkpoint)
     step-N/progress.pt    schedule, course and counters, the same for every process
     step-N/config.json    the resolved config
     step-N/complete.json  the mark

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from tests.helpers import assert_close
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -72,11 +75,17 @@ shape = {"sequence_tokens": 24, "batch_items": 3, "epochs": 2}
 class Stop(Exception):
     pass
 
+dies = kind == "killed" and accelerator.process_index == 1
+
 def stopping(course_type):
     class Stopping(course_type):
         def step(self, index):
             if index == stop_before:
-                raise Stop
+                if kind == "killed":
+                    if dies:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                else:
+                    raise Stop
             return super().step(index)
     return Stopping
 
@@ -198,6 +207,22 @@ def test_two_processes_begin_and_one_or_four_go_on(tmp_path: Path, kind: str) ->
         for first, second in zip(wanted[4:], found[4:], strict=True):
             for name in first.keys() - {"seconds", "tokens_per_s"}:
                 assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.multi
+def test_when_one_process_is_killed_the_others_stop_and_say_where(tmp_path: Path) -> None:
+    began = time.monotonic()
+    told = run("killed", tmp_path / "run", 4, stop_before=3)
+    assert time.monotonic() - began < 60
+    assert told[1] == "" or "RuntimeError" not in told[1]
+    for rank in (0, 2, 3):
+        last = [line for line in told[rank].splitlines() if "RuntimeError" in line][-1]
+        assert f"stage: process {rank} stops at step 4: another process is gone" in last
+    # what was written before is whole, and nothing else is there
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
+    assert run("lm", tmp_path / "run", 2)[0] == ""
+    assert len(lines(tmp_path / "run")) == 6
 
 
 @pytest.mark.multi
