@@ -1,4 +1,4 @@
-"""`accelerate launch` climbs one ladder alike with one process and with two, whatever they share."""
+"""`accelerate launch` climbs one ladder alike with one process and two, whatever they share."""
 
 from __future__ import annotations
 
