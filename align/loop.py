@@ -50,7 +50,8 @@ class TrainConfig(BaseModel):
     batch_items: int = Field(default=0, ge=0)
     """If above 0, rows (or pairs) per optimizer step in place of batch_sequences."""
     micro_sequences: int = Field(default=1, ge=1)
-    """Packed sequences per forward pass of one process; changes memory, not the result."""
+    """Packed sequences per forward pass, the piece in which a step is dealt out to processes: give
+    it one for each or more. Changes memory, and what the experts' balance and capacity count."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the data; not used when max_steps is set."""
     max_steps: int = Field(default=0, ge=0)
@@ -182,6 +183,7 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
             operations=trained_operations(model),
             hosts=host_group(accelerator),
             mesh=mesh,
+            seed=job.seed,
         ),
         config=config,
         job=job,
@@ -194,7 +196,8 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
         run.writer.open(resumed_step=start)
         with _progress(run, start) as advance:
             for index in range(start, course.num_steps):
-                _one_step(run, index)
+                with _naming(run, index):
+                    _one_step(run, index)
                 advance(run.last)
     finally:
         run.writer.close()
@@ -232,15 +235,39 @@ def _check_dtypes(model: nn.Module, config: TrainConfig) -> None:
         )
 
 
+# What gloo, NCCL and the store say to those whose neighbour is gone.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket", "NCCL")
+
+
+@contextmanager
+def _naming(run: _Run, index: int) -> Iterator[None]:
+    """Says which process stopped where, if it stops because another one is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = str(error)
+        if run.job.accelerator.num_processes == 1 or not any(sign in told for sign in LOST):
+            raise
+        raise RuntimeError(
+            f"{run.job.name}: process {run.job.accelerator.process_index} stops at step "
+            f"{index + 1}: another process is gone ({told.splitlines()[0]}); the launcher says "
+            "which; run again to go on from the last checkpoint"
+        ) from error
+
+
 def _one_step(run: _Run, index: int) -> None:
     began = time.monotonic()
     run.updater.trained.model.train()
     step = run.course.step(index)
-    updated = run.updater.update(step.batches, title=f"{run.job.name}: step {index + 1}")
-    for loss in updated.losses:
-        run.meter.add(loss)
-    for name, value in step.metrics.items():
-        run.meter.add_value(name, value)
+    title = f"{run.job.name}: step {index + 1}"
+    updated = run.updater.update(step.batches, index=index, title=title)
+    # once each: processes that share a row all have its losses, and all have the step's metrics
+    if run.updater.mesh.sequence.rank == 0:
+        for loss in updated.losses:
+            run.meter.add(loss)
+    if run.job.accelerator.is_main_process:
+        for name, value in step.metrics.items():
+            run.meter.add_value(name, value)
     run.tokens += updated.tokens
     run.trained_tokens += updated.trained_tokens
     run.operations += updated.operations
@@ -268,7 +295,7 @@ def _write_line(run: _Run, done: int, measured: dict[str, float]) -> None:
 
 def _save(run: _Run, done: int) -> None:
     state = {
-        "meter": run.meter.state_dict(),
+        "meter": run.meter.state_dict(run.job.accelerator),
         "tokens": run.tokens,
         "trained_tokens": run.trained_tokens,
         "operations": run.operations,
@@ -295,11 +322,11 @@ def _resume(run: _Run) -> int:
     path = checkpoint.latest(folder)
     if path is None:
         return 0
-    progress = checkpoint.load(
-        path, run.updater.trained, config=run.config.model_dump_json(), accelerator=accelerator
-    )
+    progress = checkpoint.load(path, run.updater.trained, config=run.config.model_dump_json())
     run.course.load_state_dict(dict(progress.course))
-    run.meter.load_state_dict(progress.state["meter"])
+    if accelerator.is_main_process:
+        # sums over all processes, which are summed again
+        run.meter.load_state_dict(progress.state["meter"])
     run.tokens = progress.state["tokens"]
     run.trained_tokens = progress.state["trained_tokens"]
     run.operations = progress.state["operations"]

@@ -91,6 +91,12 @@ class Meter:
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean and maximum of each name over all processes; a name nobody counted is absent."""
+        together = self._together(accelerator)
+        means = {name: total / count for name, (total, count) in together.sums.items() if count}
+        return means | together.maxima | ledger_line(together.ledger)
+
+    def _together(self, accelerator: Accelerator) -> Meter:
+        """The sums of all processes, on each of them."""
         self._settle()
         mine = [(self.sums, self.maxima, self.ledger)]
         shares = gather_object(mine) if accelerator.num_processes > 1 else mine
@@ -102,12 +108,16 @@ class Meter:
                 together._add(name, total, count)
             for name, value in maxima.items():
                 together.maxima[name] = max(together.maxima.get(name, -math.inf), value)
-        means = {name: total / count for name, (total, count) in together.sums.items() if count}
-        return means | together.maxima | ledger_line(together.ledger)
+        return together
 
-    def state_dict(self) -> dict[str, Any]:
-        self._settle()
-        return {"sums": dict(self.sums), "maxima": dict(self.maxima), "ledger": self.ledger}
+    def state_dict(self, accelerator: Accelerator) -> dict[str, Any]:
+        """The sums of all processes; for one of them to load."""
+        together = self._together(accelerator)
+        return {
+            "sums": together.sums,
+            "maxima": together.maxima,
+            "ledger": together.ledger,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sums = {name: (total, count) for name, (total, count) in state["sums"].items()}

@@ -6,8 +6,9 @@ The count is reduced over all processes first; then each microbatch runs
 
 where data parallelism averages over `world` processes, so the factor makes a sum of it. Processes
 that share a row all have its loss, and each takes 1 / sequence of it: `world` is then the number of
-rows that are computed at once. Gradients do not depend on how a batch is split over microbatches
-and processes; only the experts' aux loss, which is not linear in the batch, does.
+rows that are computed at once. The experts' aux loss is not linear in the batch, so it depends on
+what a microbatch is; which process computes it changes nothing, and neither do random numbers
+(dropout), whose seed is the number of the update and of the microbatch.
 
 The host waits for the device once an update, to read loss and gradient norm before the weights
 change: what is not finite then stops the run with the weights as they were, and the wait costs
@@ -18,6 +19,7 @@ the next batch. Counts never leave the host: processes tell them to each other o
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -84,6 +86,7 @@ class Updater:
         operations: of one microbatch's lengths, forward and backward.
         hosts: from `host_group`.
         mesh: the axes that the model is shared over.
+        seed: of the stage.
     """
 
     course: Course
@@ -94,11 +97,14 @@ class Updater:
     operations: Callable[[Sequence[int]], float]
     hosts: dist.ProcessGroup | None
     mesh: Mesh
+    seed: int
 
-    def update(self, own: Sequence[Batch], *, title: str) -> Updated:
+    def update(self, own: Sequence[Batch], *, index: int, title: str) -> Updated:
         """Forward, backward and step over this process's microbatches and everybody else's.
 
         Args:
+            own: of all microbatches, dealt out to the rows of processes by turns.
+            index: of the update, 0-based.
             title: stage and step, for messages.
 
         Raises:
@@ -115,7 +121,8 @@ class Updater:
             return Updated({"loss": 0.0, "grad_norm": 0.0, "lr": lr, "is_empty": 1.0})
         if count <= 0:
             self._fail(title, f"count of trained items = {count:g}, expected above 0", own)
-        losses = self._backward(batches, len(own), count, tokens)
+        seeds = [self._seed(index, number) for number in range(len(batches))]
+        losses = self._backward(list(zip(batches, seeds, strict=True)), len(own), count, tokens)
         shares = [_share(*pair, count, tokens) for pair in zip(losses, own, strict=True)]
         loss, aux, norm = self._read(shares, self._gradient_norm())
         if not math.isfinite(loss + aux):
@@ -165,14 +172,29 @@ class Updater:
             filler = filler or lent
         return [*own, *filler * (most - len(own))]
 
+    def _seed(self, index: int, number: int) -> int:
+        """Of the random numbers of this process's microbatch `number`, wherever it is computed.
+
+        Processes that share a row hold other tokens of it, and draw other numbers.
+        """
+        sequence = self.mesh.sequence
+        row = self.accelerator.process_index // sequence.size
+        place = number * self._rows_at_once + row
+        return random.Random(f"{self.seed}/{index}/{place}/{sequence.rank}").getrandbits(63)
+
     def _backward(
-        self, batches: Sequence[Batch], num_own: int, count: float, tokens: float
+        self, batches: Sequence[tuple[Batch, int]], num_own: int, count: float, tokens: float
     ) -> list[Loss]:
-        """Accumulates gradients; the losses of this process's own microbatches."""
+        """Accumulates gradients; the losses of this process's own microbatches, which come first.
+
+        Args:
+            batches: each with its seed.
+        """
         accelerator, model = self.accelerator, self.trained.model
         losses: list[Loss] = []
-        for number, batch in enumerate(batches):
+        for number, (batch, seed) in enumerate(batches):
             is_last = number == len(batches) - 1
+            torch.manual_seed(seed)
             with nullcontext() if is_last else accelerator.no_sync(model):
                 with self._autocast():
                     loss = self.course.loss(model, batch.to(accelerator.device))

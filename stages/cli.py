@@ -296,6 +296,8 @@ def serve_rollout(
     with _guarded(traceback):
         import torch
 
+        from stages.keys import key_of
+
         with _extra("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client")):
             from stages.serving import Room
             from stages.serving import serve_rollout as serve
@@ -312,7 +314,7 @@ def serve_rollout(
                 max_samples=max_samples,
                 max_body_bytes=max_body_mb << 20,
             ),
-            api_key=_key_of(api_key_env),
+            api_key=key_of(api_key_env, "--api-key-env"),
             weights_root=weights_root,
             dtype=torch.bfloat16 if bf16 else torch.float32,
             say=lambda line: typer.echo(line, err=True),

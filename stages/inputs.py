@@ -1,7 +1,8 @@
 """What a stage's result depends on, and why two such lists differ, in words.
 
 `inputs` is a JSON value; its digest decides between skip, resume and stale. What is not in it
-(where the run folder stands, when it ran, how many processes) never makes a stage stale.
+(where the run folder stands, when it ran, how many processes, what they share) never makes a stage
+stale.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from align.checkpoint import SHARED_OVER
 from align.data.files import NamedFile, local_files
 from align.data.sources import DataConfig
+from align.loop import TrainConfig
 from stages.artifact import MANIFEST, Manifest, file_digest, write_atomic
 from stages.document import Keys
 from stages.recipe import Stage
@@ -88,6 +91,8 @@ def stage_inputs(
     if stage.head.reward_url:
         # A service tells what it is only when it is asked; the URL is what is known beforehand.
         config["reward"] = stage.head.reward_url
+    if isinstance(stage.config, TrainConfig):
+        config["parallel"] = {k: v for k, v in config["parallel"].items() if k not in SHARED_OVER}
     return {
         "kind": stage.head.kind,
         "revision": stage.kind.revision,

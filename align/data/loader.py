@@ -2,7 +2,8 @@
 
 Each epoch has its own order (a permutation by the seed, or the given order), is packed in that
 order and cut into steps. Nothing is remembered between steps, so a resumed run needs only the
-index of its next step; ranks share a step by taking every `world`-th sequence of it.
+index of its next step. Ranks take whole microbatches by turns, so that the number of ranks changes
+neither what is computed together nor any number that comes of it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class PackedData:
         batch_sequences: packed sequences per optimizer step, over all ranks.
         batch_items: if > 0, every step takes this many examples (or pairs) instead, packed within
             the step; batch_sequences is then not used.
-        micro_sequences: packed sequences per microbatch of one rank.
+        micro_sequences: packed sequences per microbatch, the piece that a step is dealt out in.
         epochs: how often every item is seen.
         max_steps: if > 0, exactly this many steps, going through as many epochs as they need;
             epochs is then not used.
@@ -115,12 +116,12 @@ class PackedData:
         Raises:
             IndexError: if there is no such step.
         """
-        mine = self.step_items(step)[rank::world]
-        groups = [
-            mine[start : start + self.micro_sequences]
-            for start in range(0, len(mine), self.micro_sequences)
-        ]
-        return tuple(self._batch([i for sequence in group for i in sequence]) for group in groups)
+        sequences, size = self.step_items(step), self.micro_sequences
+        mine = range(rank * size, len(sequences), world * size)
+        return tuple(
+            self._batch([i for sequence in sequences[start : start + size] for i in sequence])
+            for start in mine
+        )
 
     @cached_property
     def _steps(self) -> list[tuple[tuple[int, ...], ...]]:

@@ -16,7 +16,8 @@ import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from itertools import islice
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from accelerate.utils import DistributedType, gather_object
@@ -52,6 +53,8 @@ from align.trainers.lm import adapted, fit, open_start
 from model import HybridForCausalLM
 from reward.types import Scorer
 from rollout.types import Request, Sampling
+
+T = TypeVar("T")
 
 
 class GrpoConfig(TrainConfig):
@@ -169,7 +172,8 @@ class GrpoCourse:
             autocast=torch.bfloat16 if config.has_autocast else None,
         )
         self.sampler = Sampler(self.source)
-        # Experience of the rollout's later steps, the next one first.
+        # Experience of the rollout's later steps, the next one first; of all processes, so that a
+        # checkpoint of it fits any number of them.
         self.waiting: list[list[Example]] = []
         self.is_on_policy = True
 
@@ -185,7 +189,8 @@ class GrpoCourse:
                 "resume from a checkpoint of this run"
             )
         self.is_on_policy = place == 0
-        return Step(self._batches(self.waiting.pop(0)), metrics)
+        row, rows = self._row
+        return Step(self._batches(self.waiting.pop(0))[row::rows], metrics)
 
     def count(self, batch: Batch) -> float:
         return policy_count(batch.weights, batch.packed.lengths, self.config.loss)
@@ -243,23 +248,57 @@ class GrpoCourse:
                 ]
                 for later in self.waiting
             ],
-            "ahead": self.sampler.state_dict(),
+            "ahead": self._ahead_of_all(self.sampler.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.waiting = [[Example(*values) for values in later] for later in state["waiting"]]
-        self.sampler.load_state_dict(state["ahead"])
+        self.sampler.load_state_dict(self._own_ahead(state["ahead"]))
+
+    def _ahead_of_all(self, ahead: list[Any]) -> list[Any]:
+        """What processes sampled ahead, in the prompts' order: it then fits any number of them."""
+        if not ahead or self.job.accelerator.num_processes == 1:
+            return ahead
+        index, done = ahead
+        every = gather_object([self._by_prompt(done)])
+        by_step = self._in_order(index, every)
+        return [index, [one for of_step in by_step for group in of_step for one in group]]
+
+    def _own_ahead(self, ahead: list[Any]) -> list[Any]:
+        if not ahead:
+            return ahead
+        accelerator = self.job.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        index, done = ahead
+        groups = iter(self._by_prompt(done))
+        own: list[Sequence[Any]] = []
+        for step in self._covered(index):
+            own += list(islice(groups, len(self.prompts_of(step))))[rank::world]
+        return [index, [one for group in own for one in group]]
+
+    def _by_prompt(self, done: Sequence[T]) -> list[Sequence[T]]:
+        size = self.config.group_size
+        return [done[first : first + size] for first in range(0, len(done), size)]
+
+    def _covered(self, index: int) -> range:
+        """Steps of the rollout that begins with step `index`."""
+        return range(index, min(index + self.config.updates_per_rollout, self.num_steps))
+
+    def _in_order(self, index: int, every: Sequence[Sequence[T]]) -> list[list[T]]:
+        """What each process has of its own prompts, by step in the prompts' own order."""
+        shares = [iter(share) for share in every]
+        return [
+            [next(shares[n % len(shares)]) for n in range(len(self.prompts_of(step)))]
+            for step in self._covered(index)
+        ]
 
     def _rollout(self, index: int) -> tuple[list[list[Example]], dict[str, float]]:
-        """Experience of this process for the steps from `index` on, and numbers of all processes.
+        """Experience of all processes for the steps from `index` on, in the prompts' order.
 
         Groups are judged against themselves; a deviation over the batch is over all processes. All
-        processes sample, each prompts of its own; those that share rows learn from each other's.
+        processes sample, each prompts of its own, and are told what the others sampled.
         """
         config, accelerator = self.config, self.job.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
-        covered = range(index, min(index + config.updates_per_rollout, self.num_steps))
-        prompts = [self.prompts_of(step) for step in covered]
         done = self.sampler.take(index, self._requests(index))
         later = index + config.updates_per_rollout
         if config.rollout.max_staleness and later < self.num_steps:
@@ -267,25 +306,15 @@ class GrpoCourse:
         groups = judged(
             self._own(index), done, tokenizer=self.tools.tokenizer, scorer=self.tools.scorer
         )
-        every = gather_object([groups]) if world > 1 else [groups]
-        found = advantages([g.scores for share in every for g in share], config.scale)
-        together = [group for share in every for group in share]
+        every = gather_object([groups]) if accelerator.num_processes > 1 else [groups]
+        by_step = self._in_order(index, every)
+        together = [group for of_step in by_step for group in of_step]
+        found = advantages([group.scores for group in together], config.scale)
+        values = iter(found.values)
+        if config.flat_groups == "leave_out":
+            values = (v if any(v) else (None,) * len(v) for v in found.values)
+        steps = [examples_of(of_step, list(islice(values, len(of_step)))) for of_step in by_step]
         metrics = describe(together, found) | staleness(together, index)
-        # the places in `together` of each step's prompts, in the prompts' own order
-        places = [[0] * len(of_step) for of_step in prompts]
-        every_place = iter(range(len(together)))
-        for sampler in range(world):
-            for of_step in places:
-                for number in range(sampler, len(of_step), world):
-                    of_step[number] = next(every_place)
-        row, rows = config.parallel.place(rank), config.parallel.rows_at_once(world)
-        steps: list[list[Example]] = []
-        for of_step in places:
-            mine = of_step[row::rows]
-            values = tuple(found.values[place] for place in mine)
-            if config.flat_groups == "leave_out":
-                values = tuple(v if any(v) else (None,) * len(v) for v in values)
-            steps.append(examples_of([together[place] for place in mine], values))
         if config.behaviour == "trainer":
             steps[1:] = [self._rescored(examples) for examples in steps[1:]]
         return steps, metrics
@@ -294,8 +323,8 @@ class GrpoCourse:
         """This process's prompts of the rollout that begins with step `index`."""
         accelerator = self.job.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
-        covered = range(index, min(index + self.config.updates_per_rollout, self.num_steps))
-        return [prompt for step in covered for prompt in self.prompts_of(step)[rank::world]]
+        steps = self._covered(index)
+        return [prompt for step in steps for prompt in self.prompts_of(step)[rank::world]]
 
     def _requests(self, index: int) -> list[Request]:
         config = self.config
@@ -328,30 +357,50 @@ class GrpoCourse:
             for place in places
         ]
 
+    @property
+    def _row(self) -> tuple[int, int]:
+        """Which of the rows computed at once this process has a part in, and how many there are."""
+        parallel, accelerator = self.config.parallel, self.job.accelerator
+        place = parallel.place(accelerator.process_index)
+        return place, parallel.rows_at_once(accelerator.num_processes)
+
     def _batches(self, examples: Sequence[Example]) -> tuple[Batch, ...]:
+        """Microbatches of a whole step, to be dealt out by turns."""
         lengths = [len(example.tokens) for example in examples]
         runs = pack(lengths, self.config.sequence_tokens)
         size = self.config.micro_sequences
         micro = [runs[i : i + size] for i in range(0, len(runs), size)]
         return tuple(Batch.from_examples(examples[m[0].start : m[-1].stop]) for m in micro)
 
-    @torch.no_grad()
     def _rescored(self, examples: Sequence[Example]) -> list[Example]:
         """The same examples with the trainer's own log-probabilities, packed as they will be."""
-        device = self.job.accelerator.device
+        batches = self._batches(examples)
+        lengths = (length for batch in batches for length in batch.packed.lengths)
+        logprobs = [x for batch in self._logprobs(batches) for x in batch]
         rescored: list[Example] = []
-        for batch in self._batches(examples):
-            with self._precision():
-                logprobs = self._forward(self.policy, batch.to(device)).logprobs.tolist()
-            start = 0
-            for length in batch.packed.lengths:
-                example = examples[len(rescored)]
-                shifted = (0.0, *logprobs[start : start + length - 1])
-                weighed = zip(shifted, example.weights, strict=True)
-                behaviour = tuple(x if weight else 0.0 for x, weight in weighed)
-                rescored.append(replace(example, behaviour_logprobs=behaviour))
-                start += length
+        start = 0
+        for example, length in zip(examples, lengths, strict=True):
+            shifted = (0.0, *logprobs[start : start + length - 1])
+            weighed = zip(shifted, example.weights, strict=True)
+            behaviour = tuple(x if weight else 0.0 for x, weight in weighed)
+            rescored.append(replace(example, behaviour_logprobs=behaviour))
+            start += length
         return rescored
+
+    @torch.no_grad()
+    def _logprobs(self, batches: Sequence[Batch]) -> list[list[float]]:
+        """Of each batch; processes compute those that they will learn from and tell the others."""
+        accelerator, (row, rows) = self.job.accelerator, self._row
+        mine: dict[int, list[float]] = {}
+        for first in range(0, len(batches), rows):
+            # a process with no batch left joins in the last, so that collectives inside meet
+            number = min(first + row, len(batches) - 1)
+            with self._precision():
+                out = self._forward(self.policy, batches[number].to(accelerator.device))
+            mine[number] = out.logprobs.tolist()
+        every = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+        found = {number: logprobs for share in every for number, logprobs in share.items()}
+        return [found[number] for number in range(len(batches))]
 
     def _forward(self, model: nn.Module, batch: Batch) -> Any:
         return model(

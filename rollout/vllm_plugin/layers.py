@@ -255,7 +255,7 @@ class ExpertsOfRank(MoE):
         part.intermediate_size = config.intermediate_size // self.ranks
         super().__init__(part)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, recorded: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, C] -> [T, C] and router logits [T, E]."""
-        out, logits = super().forward(x)
+        out, logits = super().forward(x, recorded)
         return (tensor_model_parallel_all_reduce(out) if self.ranks > 1 else out), logits

@@ -36,7 +36,7 @@ def test_means_divide_once_and_maxima_are_kept(accelerator: Accelerator) -> None
 def test_state_continues_the_sums(accelerator: Accelerator) -> None:
     first, second = Meter(), Meter()
     first.add_value("reward", 1.0)
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(first.state_dict(accelerator))
     second.add_value("reward", 2.0)
     assert second.means(accelerator) == {"reward": 1.5}
 

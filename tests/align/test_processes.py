@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from tests.helpers import assert_close
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -53,9 +57,13 @@ if kind.startswith("fsdp") and accelerator.num_processes > 1:
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Block"],
     )
-shares_rows = kind == "fsdp-rows" and accelerator.num_processes > 1
-parallel = ParallelConfig(sequence=2 if shares_rows else 1)
-parallelize(model, open_mesh(parallel, device_type="cpu", is_sharded=True), parallel)
+ranks = accelerator.num_processes
+parallel = ParallelConfig(
+    sequence=2 if kind == "fsdp-rows" and ranks > 1 else 1,
+    expert=ranks if kind == "experts" else 1,
+)
+is_sharded = kind.startswith("fsdp")
+parallelize(model, open_mesh(parallel, device_type="cpu", is_sharded=is_sharded), parallel)
 optim = OptimConfig(lr=1e-2, clip_norm=0.5)
 if is_bf16:
     weights = {"lm": "bf16_stochastic", "fsdp": "bf16_master"}[kind]
@@ -67,17 +75,25 @@ shape = {"sequence_tokens": 24, "batch_items": 3, "epochs": 2}
 class Stop(Exception):
     pass
 
+dies = kind == "killed" and accelerator.process_index == 1
+
 def stopping(course_type):
     class Stopping(course_type):
         def step(self, index):
             if index == stop_before:
-                raise Stop
+                if kind == "killed":
+                    if dies:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                else:
+                    raise Stop
             return super().step(index)
     return Stopping
 
 if kind == "dpo":
     model = apply_lora(model, LoraConfig(rank=2), seed=0)
-    config = DpoConfig(data=(DataConfig(path="x"),), optim=optim, lora=LoraConfig(rank=2))
+    config = DpoConfig(
+        data=(DataConfig(path="x"),), optim=optim, lora=LoraConfig(rank=2), save_every_steps=2
+    )
     data = PackedData(small.pairs(7), **shape)
     course = stopping(DpoCourse)(data, accelerator, reference=model, config=config)
 else:
@@ -87,6 +103,7 @@ else:
         save_every_steps=2,
         precision=precision,
         checkpointing="selective" if kind == "fsdp" else "none",
+        parallel=parallel,
     )
     data = PackedData(small.examples(7), **shape)
     course = stopping(LmCourse)(data, accelerator, ranks_per_row=parallel.sequence)
@@ -105,7 +122,7 @@ if kind.startswith("fsdp"):
     assert is_sharded == (accelerator.num_processes > 1)
     save_policy(model, small.tokenizer(), folder / "artifact")
     model = load_policy(folder / "artifact")[0] if accelerator.is_main_process else model
-if accelerator.is_main_process:
+if accelerator.is_main_process and kind != "experts":
     torch.save(model.state_dict(), folder / "final.pt")
 accelerator.end_training()
 """
@@ -136,9 +153,13 @@ def run(kind: str, folder: Path, processes: int, stop_before: int = -1) -> list[
     return [process.communicate(timeout=240)[1] for process in started]
 
 
+def lines(folder: Path) -> list[dict[str, float]]:
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def results(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return torch.load(folder / "final.pt"), [json.loads(line) for line in lines]
+    return torch.load(folder / "final.pt"), lines(folder)
 
 
 @pytest.mark.multi
@@ -167,9 +188,41 @@ def test_resumed_run_on_two_processes_is_bit_identical(tmp_path: Path, kind: str
     (whole, _), (cut, _) = results(tmp_path / "whole"), results(tmp_path / "cut")
     for name, weight in whole.items():
         assert torch.equal(cut[name], weight), name
-    # The number of processes belongs to the checkpoint.
-    (told,) = run(kind, tmp_path / "cut", 1)
-    assert "written by 2 processes, this run has 1" in told
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("kind", ["lm", "dpo", "fsdp", "fsdp-rows", "experts"])
+def test_two_processes_begin_and_one_or_four_go_on(tmp_path: Path, kind: str) -> None:
+    run(kind, tmp_path / "2", 2)
+    run(kind, tmp_path / "cut", 2, stop_before=5)
+    wanted = lines(tmp_path / "2")
+    for processes in (1, 4):
+        folder = tmp_path / str(processes)
+        shutil.copytree(tmp_path / "cut", folder)
+        told = run(kind, folder, processes)
+        found = lines(folder)
+        assert len(found) == len(wanted) == 6, told
+        # the first four were made by two processes and are read from the checkpoint's folder
+        assert found[:4] == lines(tmp_path / "cut")[:4]
+        for first, second in zip(wanted[4:], found[4:], strict=True):
+            for name in first.keys() - {"seconds", "tokens_per_s"}:
+                assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.multi
+def test_when_one_process_is_killed_the_others_stop_and_say_where(tmp_path: Path) -> None:
+    began = time.monotonic()
+    told = run("killed", tmp_path / "run", 4, stop_before=3)
+    assert time.monotonic() - began < 60
+    assert told[1] == "" or "RuntimeError" not in told[1]
+    for rank in (0, 2, 3):
+        last = [line for line in told[rank].splitlines() if "RuntimeError" in line][-1]
+        assert f"stage: process {rank} stops at step 4: another process is gone" in last
+    # what was written before is whole, and nothing else is there
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
+    assert run("lm", tmp_path / "run", 2)[0] == ""
+    assert len(lines(tmp_path / "run")) == 6
 
 
 @pytest.mark.multi
