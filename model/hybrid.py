@@ -7,6 +7,7 @@ transformers, TRL and PEFT know take padded or packed calls and pass them throug
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from model.attention import SoftmaxAttention
 from model.cache import CacheStep, DecodeCache
-from model.checkpointing import Checkpointing, computed_again
+from model.checkpointing import Checkpointing, computed_again, kept_on_host
 from model.config import HybridConfig
 from model.door import check_form, check_hints, open_door, own_labels
 from model.kernels.logprob.op import head_logits, token_logprobs
@@ -94,12 +95,16 @@ class Block(nn.Module):
         checkpointing: Checkpointing = "none",
     ) -> tuple[Tensor, Tensor]:
         """[T, C] -> [T, C] and router logits [T, E]."""
-        if checkpointing == "full":
-            return computed_again(self.forward, x, packed, angles)
+        if checkpointing == "none":
+            return self.feed(*self.attend(x, packed, angles, cache))
         if checkpointing == "selective":
             halfway = computed_again(self.attend, x, packed, angles, keeps=True)
-            return computed_again(self.feed, *halfway)
-        return self.feed(*self.attend(x, packed, angles, cache))
+            return computed_again(self.feed, *halfway, True)
+        with kept_on_host() if checkpointing == "host" else nullcontext():
+            return computed_again(self._both, x, packed, angles)
+
+    def _both(self, x: Tensor, packed: Packed, angles: Angles) -> tuple[Tensor, Tensor]:
+        return self.feed(*self.attend(x, packed, angles), True)
 
     def attend(
         self, x: Tensor, packed: Packed, angles: Angles, cache: CacheStep | None = None
@@ -113,9 +118,11 @@ class Block(nn.Module):
         residual, normed = self.post_attention_layernorm(residual, branch)
         return residual, normed
 
-    def feed(self, residual: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+    def feed(
+        self, residual: Tensor, normed: Tensor, in_pieces: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The second half: what `attend` gave -> [T, C] and router logits [T, E]."""
-        branch, router_logits = self.mlp(normed)
+        branch, router_logits = self.mlp(normed, in_pieces)
         return join(residual, branch, self.mlp_gain), router_logits
 
 

@@ -37,7 +37,14 @@ class ExpertShare:
     core: Callable[..., Tensor]
 
     def __call__(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        *,
+        in_pieces: bool = False,
     ) -> Tensor:
         """As `expert_layer`; gate_up and down are sharded over the ranks on their first dim."""
         gate_up, down = local(gate_up), local(down)
@@ -58,7 +65,7 @@ class ExpertShare:
         scale = exchange(scale, send, receive, self.axis)
         expert = torch.arange(held, device=x.device).repeat(ranks)
         expert = expert.repeat_interleave(coming.flatten(), output_size=sum(receive))
-        out = self.core(rows, gate_up, down, expert[:, None], scale)
+        out = self.core(rows, gate_up, down, expert[:, None], scale, in_pieces=in_pieces)
         back = exchange(out, receive, send, self.axis)
         return _Gathered.apply(back, order, chosen.shape).to(x.dtype)
 
@@ -84,15 +91,14 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.top_k = shape[1]
+        # not by save_for_backward: a checkpoint would compute the experts again to come here
+        ctx.order, ctx.top_k = order, shape[1]
         return _sum_places(rows, order, shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (order,) = ctx.saved_tensors
-        return grad.index_select(0, order // ctx.top_k), None, None
+        return grad.index_select(0, ctx.order // ctx.top_k), None, None
 
 
 def _sum_places(rows: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -33,7 +33,7 @@ def backward(model: HybridForCausalLM) -> tuple[dict[str, torch.Tensor], tuple[t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize("kind", ["selective", "full", "host"])
 @pytest.mark.parametrize("postnorm", [True, False])
 def test_no_bit_of_a_gradient_changes(
     dtype: torch.dtype, kind: Checkpointing, postnorm: bool
@@ -103,7 +103,7 @@ def test_nothing_is_computed_again_outside_of_training() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+@pytest.mark.parametrize("kind", ["none", "selective", "full", "host"])
 def test_on_cuda_gradients_agree_and_nothing_waits_for_the_device(kind: Checkpointing) -> None:
     plain, _ = backward(build(torch.bfloat16).cuda())
     model = build(torch.bfloat16).cuda()
