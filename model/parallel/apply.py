@@ -1,7 +1,7 @@
 """The one file that rewires a finished model, in a fixed order: sequence, then experts.
 
-Layers know nothing of ranks: each has a seam (`core`, `drop`, the trunk's `row`), and here stands
-what is put into it.
+Layers know nothing of ranks: each has a seam (`core`, `begin`, `drop`, the trunk's `row`), and here
+stands what is put into it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from model.hybrid import HybridModel
 from model.lightning import LightningAttention, decay_slopes
 from model.moe import Experts, MoE
 from model.parallel.expert import CountedDrop, ExpertShare, shard_experts
+from model.parallel.lasp import LightningShare
 from model.parallel.mesh import Mesh, ParallelConfig
-from model.parallel.sequence import CutRow, LightningShare
+from model.parallel.sequence import CutRow
 from model.parallel.softmax import SoftmaxShare
 
 
@@ -73,6 +74,6 @@ def _cut_sequence(trunk: HybridModel, mesh: Mesh) -> None:
         if isinstance(module, LightningAttention):
             cpu = torch.device("cpu")
             slopes = decay_slopes(module.heads, module.layer, module.num_layers, cpu)
-            module.core = LightningShare(mesh.sequence, slowest=float(slopes.min()))
+            module.begin = LightningShare(mesh.sequence, slowest=float(slopes.min())).begin
         elif isinstance(module, SoftmaxAttention):
             module.core = SoftmaxShare(mesh.sequence)

@@ -7,6 +7,7 @@ computes alike, each must weigh by one over their number.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +39,13 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
+def start_all_gather(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work]:
+    """[...] of each rank -> [ranks, ...], to be read once the work is waited for; no gradient."""
+    out = x.new_empty(axis.size, *x.shape)
+    work = _gather(out.flatten(), x.contiguous().flatten(), group=axis.group, async_op=True)
+    return out, work
+
+
 def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis) -> Tensor:
     """All-to-all of rows: the first send[0] rows go to rank 0, and so on, with gradients.
 
@@ -48,6 +56,45 @@ def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis)
     Returns: [sum of receive, ...], by sender.
     """
     return _Exchange.apply(x, list(send), list(receive), axis)
+
+
+@dataclass
+class Voyage:
+    """Rows on their way through an all-to-all, and later their gradients on the way back.
+
+    `start_exchange` and `end_exchange` each are a node of the graph: what lies between them runs
+    beside the exchange, in backward too.
+    """
+
+    send: list[int]
+    receive: list[int]
+    axis: Axis
+    _gone: tuple[Tensor, Tensor, dist.Work] | None = field(default=None, init=False)
+
+    def go(self, x: Tensor, *, is_back: bool) -> Tensor:
+        send, receive = (self.receive, self.send) if is_back else (self.send, self.receive)
+        out, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
+        work = dist.all_to_all_single(out, x, receive, send, group=self.axis.group, async_op=True)
+        # what is sent lives until it has arrived
+        self._gone = out, x, work
+        return out
+
+    def come(self) -> Tensor:
+        assert self._gone is not None, "sent before"
+        out, _, work = self._gone
+        work.wait()
+        self._gone = None
+        return out
+
+
+def start_exchange(x: Tensor, voyage: Voyage) -> Tensor:
+    """`exchange` up to the waiting: to be given to `end_exchange`, and not to be read before."""
+    return _StartExchange.apply(x, voyage)
+
+
+def end_exchange(x: Tensor, voyage: Voyage) -> Tensor:
+    """What `start_exchange` gave, once it is there."""
+    return _EndExchange.apply(x, voyage)
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
@@ -100,6 +147,33 @@ def _swap(x: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
     out = x.new_empty(sum(receive), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), receive, send, group=axis.group)
     return out
+
+
+class _StartExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, voyage: Voyage) -> Tensor:
+        ctx.voyage = voyage
+        return voyage.go(x, is_back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.voyage.come(), None
+
+
+class _EndExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, voyage: Voyage) -> Tensor:
+        voyage.come()
+        ctx.voyage = voyage
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # autograd wants a gradient of this shape; the voyage holds what travels
+        ctx.voyage.go(grad, is_back=True)
+        return grad, None
 
 
 class _SumOver(torch.autograd.Function):

@@ -8,7 +8,7 @@ that share the experts; what is left is the sum over those that hold the same on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from model.moe import Experts
-from model.parallel.collectives import all_gather, exchange
+from model.parallel.collectives import Voyage, all_gather, end_exchange, exchange, start_exchange
 from model.parallel.mesh import Axis, Mesh
 
 
@@ -31,10 +31,12 @@ class ExpertShare:
 
     Args:
         core: computes the experts of one rank, as `expert_layer`.
+        overlaps: whether one half of the tokens travels while the other is computed.
     """
 
     axis: Axis
     core: Callable[..., Tensor]
+    overlaps: bool = True
 
     def __call__(
         self,
@@ -48,26 +50,98 @@ class ExpertShare:
     ) -> Tensor:
         """As `expert_layer`; gate_up and down are sharded over the ranks on their first dim."""
         gate_up, down = local(gate_up), local(down)
-        held, ranks = gate_up.shape[0], self.axis.size
-        order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=held * ranks + 1)[: held * ranks]
-        # [ranks, held]: rows to each rank's experts, and rows from each rank to those held here
-        going = counts.view(ranks, held)
-        coming = exchange(going, [1] * ranks, [1] * ranks, self.axis)
-        send, receive = torch.stack([going.sum(1), coming.sum(1)]).tolist()
-        order = order[: sum(send)]
         low = x
         if torch.is_autocast_enabled(x.device.type):
             # what the experts would round to anyway, at half the bytes
             low = x.to(torch.get_autocast_dtype(x.device.type))
-        rows = exchange(_Spread.apply(low, order, chosen.shape[1]), send, receive, self.axis)
-        scale = weights.flatten().index_select(0, order)[:, None]
-        scale = exchange(scale, send, receive, self.axis)
-        expert = torch.arange(held, device=x.device).repeat(ranks)
-        expert = expert.repeat_interleave(coming.flatten(), output_size=sum(receive))
-        out = self.core(rows, gate_up, down, expert[:, None], scale, in_pieces=in_pieces)
-        back = exchange(out, receive, send, self.axis)
-        return _Gathered.apply(back, order, chosen.shape).to(x.dtype)
+        # every rank cuts, however few its tokens; not where a checkpoint would run the first half's
+        # experts again only to come to the second's
+        cuts = 2 if self.overlaps and not in_pieces else 1
+        sizes = [len(x) - len(x) // 2, len(x) // 2] if cuts == 2 else [len(x)]
+        tables = _Table.of(chosen.split(sizes), held=len(gate_up), axis=self.axis)
+        halves = [
+            _Half(*own, table, self.axis)
+            for *own, table in zip(low.split(sizes), weights.split(sizes), tables, strict=True)
+        ]
+        for half in halves:
+            half.depart()
+        for half in halves:
+            rows, scale = half.arrive()
+            expert = half.table.expert[:, None]
+            half.go_back(self.core(rows, gate_up, down, expert, scale, in_pieces=in_pieces))
+        found = [half.come_back() for half in halves]
+        return (found[0] if cuts == 1 else torch.cat(found)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Which rows travel where.
+
+    Args:
+        order: [rows] place [token, k] of each row that leaves, by expert.
+        expert: [rows that come], which of the experts here each is for.
+        shape: tokens, K.
+        send, receive: rows to and from each rank.
+    """
+
+    order: Tensor
+    expert: Tensor
+    shape: tuple[int, int]
+    send: list[int]
+    receive: list[int]
+
+    @staticmethod
+    def of(parts: Sequence[Tensor], *, held: int, axis: Axis) -> list[_Table]:
+        """Of each part of the tokens; the host waits for the device once."""
+        ranks = axis.size
+        flat = [part.flatten() for part in parts]
+        # [ranks, parts, held]: rows to each rank's experts, and rows from each rank to those here
+        going = torch.stack(
+            [
+                torch.bincount(x, minlength=held * ranks + 1)[: held * ranks].view(ranks, held)
+                for x in flat
+            ],
+            dim=1,
+        )
+        coming = exchange(going, [1] * ranks, [1] * ranks, axis)
+        send, receive = torch.stack([going.sum(2).t(), coming.sum(2).t()]).tolist()
+        own = torch.arange(held, device=coming.device).repeat(ranks)
+        return [
+            _Table(
+                order=flat[n].argsort(stable=True)[: sum(send[n])],
+                expert=own.repeat_interleave(coming[:, n].flatten(), output_size=sum(receive[n])),
+                shape=(part.shape[0], part.shape[1]),
+                send=send[n],
+                receive=receive[n],
+            )
+            for n, part in enumerate(parts)
+        ]
+
+
+class _Half:
+    """A part of the tokens on its way to its experts and back."""
+
+    def __init__(self, x: Tensor, weights: Tensor, table: _Table, axis: Axis) -> None:
+        self.x, self.weights, self.table = x, weights, table
+        self.there = [Voyage(table.send, table.receive, axis) for _ in range(2)]
+        self.back = Voyage(table.receive, table.send, axis)
+
+    def depart(self) -> None:
+        order = self.table.order
+        rows = _Spread.apply(self.x, order, self.table.shape[1])
+        scale = self.weights.flatten().index_select(0, order)[:, None]
+        self.rows, self.scale = map(start_exchange, (rows, scale), self.there)
+
+    def arrive(self) -> tuple[Tensor, Tensor]:
+        rows, scale = map(end_exchange, (self.rows, self.scale), self.there)
+        return rows, scale
+
+    def go_back(self, out: Tensor) -> None:
+        self.out = start_exchange(out, self.back)
+
+    def come_back(self) -> Tensor:
+        out = end_exchange(self.out, self.back)
+        return _Gathered.apply(out, self.table.order, self.table.shape)
 
 
 class _Spread(torch.autograd.Function):

@@ -16,8 +16,9 @@ from torch import Tensor
 from model.kernels.attention.op import packed_attention
 from model.kernels.lightning.op import lightning_attention
 from model.packed import Packed
+from model.parallel.lasp import LightningShare
 from model.parallel.mesh import Axis, ParallelConfig, open_mesh
-from model.parallel.sequence import LightningShare, ShardLengths, cut
+from model.parallel.sequence import ShardLengths, cut
 from model.parallel.softmax import attend_by_heads, attend_by_keys, trades_heads
 from tests.helpers import assert_close
 from tests.model.parallel.lasp_serial import serial_lasp
