@@ -72,7 +72,8 @@ def measure(ranks: Ranks, options: argparse.Namespace, size: int) -> None:
             if "lora_B" in name:
                 # an adapter that changes something
                 parameter.normal_(std=1e-3, generator=_generator(ranks))
-    for name, (documents, step) in STEPS.items():
+    for name in options.long_steps:
+        documents, step = STEPS[name]
         for total in (min(8192, tokens // 4), tokens):
             ranks.clear()
             packed = row([total // documents] * documents, config.vocab_size, ranks)

@@ -304,6 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fsdp-steps", type=int, default=50)
     parser.add_argument("--long-tokens", type=int, default=1_032_192)
     parser.add_argument("--long-on", nargs="+", default=["one", "all"], choices=("one", "all"))
+    parser.add_argument("--long-steps", nargs="+", default=list(long_rows.STEPS))
     parser.add_argument("--paper-tokens", type=int, default=1_032_192)
     options = parser.parse_args(arguments)
     run_on(options.ranks, measure, options)

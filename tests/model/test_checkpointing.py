@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import HybridForCausalLM, Packed, preset
+from model import HybridForCausalLM, Packed, checkpointing, preset
 from model.checkpointing import Checkpointing
 from tests.helpers import TOLERANCE, assert_close
 
@@ -104,7 +104,10 @@ def test_nothing_is_computed_again_outside_of_training() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["none", "selective", "full", "host"])
-def test_on_cuda_gradients_agree_and_nothing_waits_for_the_device(kind: Checkpointing) -> None:
+def test_on_cuda_gradients_agree_and_nothing_waits_for_the_device(
+    kind: Checkpointing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "_HOST_BYTES", 0)
     plain, _ = backward(build(torch.bfloat16).cuda())
     model = build(torch.bfloat16).cuda()
     model.model.checkpointing = kind
