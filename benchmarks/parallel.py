@@ -1,11 +1,12 @@
 """Rows and experts shared by GPUs: the scaling table, and what the large model would need on paper.
 
-Run: python -m benchmarks.parallel [--ranks 2] [--parts sequence lasp expert fsdp long paper]
+Run: python -m benchmarks.parallel [--ranks 2] [--parts sequence lasp softmax ...]
 or:  torchrun --nproc_per_node 2 -m benchmarks.parallel
 Without a GPU: python -m benchmarks.parallel --preset tiny --tokens 512 --expert-tokens 256 ...
 
     sequence  a training step of one row, on one GPU and on all, with AdamW
     lasp      one lightning layer's attention forward + backward, by each way to share it
+    softmax   the same of a softmax layer
     expert    forward + backward with the experts shared, as many tokens a GPU as one GPU has alone
     fsdp      losses of sharded (FSDP2) and unsharded training, step by step
     long      LoRA SFT and DPO steps of a packed row of a million tokens, on one GPU and on all
@@ -29,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import lasp_forms, long_rows, volume
+from benchmarks import long_rows, shared_layers, volume
 from benchmarks.ranks import Ranks, build, mean_loss, row, run_on
 from model.config import PRESETS, count_parameters, preset
 from model.lightning import decay_slopes
@@ -94,7 +95,7 @@ def sequence(ranks: Ranks, options: argparse.Namespace) -> None:
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     work = training(model, lambda: mean_loss(wrapped, packed))
     for overlaps in (True, False):
-        lasp_forms.set_overlap(model, overlaps)
+        shared_layers.set_overlap(model, overlaps)
         shared = ranks.seconds(work, PASSES)
         name = f"{size} GPUs" + ("" if overlaps else ", no overlap")
         say_step(ranks, name, options.tokens, shared, f", {one / shared:.2f} times")
@@ -127,20 +128,42 @@ def lasp(ranks: Ranks, options: argparse.Namespace) -> None:
     heads, dim = config.num_attention_heads, config.head_dim
     slopes = decay_slopes(heads, 1, config.num_hidden_layers, ranks.device)
     state = heads * dim * dim * 4
-    for tokens in options.lasp_tokens:
+    for tokens in options.layer_tokens:
         ranks.say(
             f"\nlasp: {tokens} tokens, {heads} heads of {dim}, forward + backward; a state is "
             f"{state / 1e6:.1f} MB, keys and values {tokens * heads * dim * 4 / 1e6:.0f} MB"
         )
-        wanted = None
-        for name, form in lasp_forms.forms(ranks, slopes, tokens).items():
-            found = form()
-            if wanted is None:
-                wanted = found
-            off = (found - wanted).float().norm() / wanted.float().norm()
-            seconds = ranks.seconds(form, 10, warm_ups=2)
-            off = ranks.largest(float(off))
-            ranks.say(f"  {name:>20}: {seconds * 1e3:8.3f} ms, off by {off:.1e}")
+        compare(ranks, shared_layers.lightning(ranks, slopes, tokens, dim))
+
+
+def softmax(ranks: Ranks, options: argparse.Namespace) -> None:
+    """One softmax layer's attention."""
+    config = preset(options.preset)
+    heads, kv_heads, dim = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    for tokens in options.layer_tokens:
+        ranks.say(
+            f"\nsoftmax: {tokens} tokens, {heads} heads of {dim}, {kv_heads} of keys, forward + "
+            "backward"
+        )
+        compare(ranks, shared_layers.softmax(ranks, heads, kv_heads, tokens, dim))
+
+
+def compare(ranks: Ranks, forms: dict[str, Callable[[], Tensor]]) -> None:
+    """Each form's time, and its output against the first one's."""
+    wanted, one = None, 0.0
+    for name, form in forms.items():
+        found = form()
+        wanted = found if wanted is None else wanted
+        off = ranks.largest(float((found - wanted).float().norm() / wanted.float().norm()))
+        seconds = ranks.seconds(form, 10, warm_ups=2)
+        one = one or seconds
+        ranks.say(
+            f"  {name:>20}: {seconds * 1e3:8.3f} ms, {one / seconds:.2f} times, off by {off:.1e}"
+        )
 
 
 def expert(ranks: Ranks, options: argparse.Namespace) -> None:
@@ -172,7 +195,7 @@ def expert(ranks: Ranks, options: argparse.Namespace) -> None:
     check_loss(ranks, f"{size} GPUs", ranks_mean(ranks, mean_loss(model, packed)), float(wanted))
     ranks.clear()
     for halves in (True, False):
-        lasp_forms.set_halves(model, halves)
+        shared_layers.set_halves(model, halves)
         many = ranks.seconds(shared, PASSES)
         name = f"{size} GPUs" + ("" if halves else ", no overlap")
         say_step(ranks, name, size * tokens, many, f", {size * one / many:.2f} times")
@@ -270,6 +293,7 @@ def paper(ranks: Ranks, options: argparse.Namespace) -> None:
 PARTS: dict[str, Callable[[Ranks, argparse.Namespace], None]] = {
     "sequence": sequence,
     "lasp": lasp,
+    "softmax": softmax,
     "expert": expert,
     "fsdp": fsdp,
     "long": long,
@@ -297,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--preset", default="base", choices=tuple(PRESETS))
     parser.add_argument("--tokens", type=int, default=262_144, help="of the row of `sequence`")
-    parser.add_argument("--lasp-tokens", type=int, nargs="+", default=[32_768, 262_144])
+    parser.add_argument("--layer-tokens", type=int, nargs="+", default=[32_768, 262_144])
     parser.add_argument("--expert-tokens", type=int, default=32_768)
     parser.add_argument("--fsdp-preset", default="small", choices=tuple(PRESETS))
     parser.add_argument("--fsdp-tokens", type=int, default=1024)
