@@ -159,7 +159,7 @@ def compare(ranks: Ranks, forms: dict[str, Callable[[], Tensor]]) -> None:
         found = form()
         wanted = found if wanted is None else wanted
         off = ranks.largest(float((found - wanted).float().norm() / wanted.float().norm()))
-        seconds = ranks.seconds(form, 10, warm_ups=2)
+        seconds = ranks.seconds(form, 5)
         one = one or seconds
         ranks.say(
             f"  {name:>20}: {seconds * 1e3:8.3f} ms, {one / seconds:.2f} times, off by {off:.1e}"

@@ -60,8 +60,10 @@ class ExpertShare:
         sizes = [len(x) - len(x) // 2, len(x) // 2] if cuts == 2 else [len(x)]
         tables = _Table.of(chosen.split(sizes), held=len(gate_up), axis=self.axis)
         halves = [
-            _Half(*own, table, self.axis)
-            for *own, table in zip(low.split(sizes), weights.split(sizes), tables, strict=True)
+            _Half(tokens, scale, table, self.axis)
+            for tokens, scale, table in zip(
+                low.split(sizes), weights.split(sizes), tables, strict=True
+            )
         ]
         for half in halves:
             half.depart()

@@ -173,14 +173,6 @@ def _faded(states: Tensor, slopes: Tensor, gaps: dict[int, int]) -> Tensor:
     return total
 
 
-def _faded(states: Tensor, slopes: Tensor, gaps: dict[int, int]) -> Tensor:
-    """Sum of the ranks' states [ranks, H, D, D], each decayed over the tokens of its gap."""
-    total = torch.zeros_like(states[0])
-    for rank, tokens in gaps.items():
-        total.addcmul_(states[rank], torch.exp(-slopes.to(total.dtype) * tokens)[:, None, None])
-    return total
-
-
 class _SendStates(torch.autograd.Function):
     """Final state of each part's last document -> those of all parts, on their way."""
 

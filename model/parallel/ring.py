@@ -210,11 +210,15 @@ def _rectangles(
     return tuple(found)
 
 
+def _rows(way: Route) -> list[int]:
+    return [sum(s.stop - s.start for s in route) for route in way]
+
+
 def _travel(x: Tensor, leaves: Route, lands: Route, rows: int, axis: Axis) -> Tensor:
     """All-to-all of slices: leaves[r] go to rank r, and what comes from it goes to lands[r]."""
-    gone = torch.cat([x[s] for route in leaves for s in route])
-    counts = [[sum(s.stop - s.start for s in route) for route in way] for way in (leaves, lands)]
-    voyage = Voyage(*counts, axis)
+    # with an empty slice, because torch joins no empty list
+    gone = torch.cat([x[:0], *(x[s] for route in leaves for s in route)])
+    voyage = Voyage(_rows(leaves), _rows(lands), axis)
     voyage.go(gone, is_back=False)
     came = voyage.come()
     out, start = x.new_empty(rows, *x.shape[1:]), 0
@@ -242,8 +246,8 @@ class _Round:
     def depart(self, step: int) -> None:
         """Every rank calls it for every step, also with nothing to send."""
         if step < len(self.voyages):
-            tails = [self.kv[s] for s in self.plan.tails[step]]
-            self.voyages[step].go(torch.cat(tails) if tails else self.kv[:0], is_back=False)
+            tails = torch.cat([self.kv[:0], *(self.kv[s] for s in self.plan.tails[step])])
+            self.voyages[step].go(tails, is_back=False)
 
     def arrive(self, step: int) -> Tensor:
         return self.voyages[step].come()
