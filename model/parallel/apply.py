@@ -37,7 +37,11 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
     trunk = _trunk(model)
     if trunk is None:
         raise ValueError(f"model = {type(model).__name__} holds no HybridModel to share over ranks")
-    config.check(mesh.world.size, num_experts=trunk.config.num_local_experts)
+    config.check(
+        mesh.world.size,
+        num_experts=trunk.config.num_local_experts,
+        expert_width=trunk.config.intermediate_size,
+    )
     counted = mesh.world if config.router == "global" else mesh.sequence
     trunk.row = CutRow(mesh, counted)
     if mesh.sequence.size > 1:
@@ -66,7 +70,7 @@ def _share_experts(trunk: HybridModel, mesh: Mesh) -> None:
     for module in trunk.modules():
         if isinstance(module, Experts):
             shard_experts(module, mesh.experts)
-            module.core = ExpertShare(mesh.expert, module.core)
+            module.core = ExpertShare(mesh.expert, module.core, tensor=mesh.tensor)
 
 
 def _cut_sequence(trunk: HybridModel, mesh: Mesh) -> None:

@@ -32,6 +32,15 @@ def gather_parts(x: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
     return _GatherParts.apply(x, tuple(sizes), axis)
 
 
+def scatter_parts(x: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
+    """[T, ...] of each rank -> [T', ...], this rank's rows of their sum, with gradients.
+
+    Args:
+        sizes: rows of each rank.
+    """
+    return _ScatterParts.apply(x, tuple(sizes), axis)
+
+
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
     """[...] of each rank -> [ranks, ...]; no gradient."""
     out = x.new_empty(axis.size, *x.shape)
@@ -106,24 +115,43 @@ class _GatherParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], axis: Axis) -> Tensor:
         ctx.sizes, ctx.axis = sizes, axis
-        most = max(sizes)
-        gathered = all_gather(_padded(x, most), axis)
-        if min(sizes) == most:
-            return gathered.flatten(0, 1)
-        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+        return _gathered(x, sizes, axis)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sizes, axis = ctx.sizes, ctx.axis
-        most, own = max(sizes), sizes[axis.rank]
-        if min(sizes) == most:
-            parts = grad.contiguous()
-        else:
-            parts = torch.cat([_padded(part, most) for part in grad.split(sizes)])
-        out = grad.new_empty(most, *grad.shape[1:])
-        _reduce_scatter(out.flatten(), parts.flatten(), group=axis.group)
-        return out[:own], None, None
+        return _scattered(grad, ctx.sizes, ctx.axis), None, None
+
+
+class _ScatterParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], axis: Axis) -> Tensor:
+        ctx.sizes, ctx.axis = sizes, axis
+        return _scattered(x, sizes, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gathered(grad, ctx.sizes, ctx.axis), None, None
+
+
+def _gathered(x: Tensor, sizes: tuple[int, ...], axis: Axis) -> Tensor:
+    most = max(sizes)
+    gathered = all_gather(_padded(x, most), axis)
+    if min(sizes) == most:
+        return gathered.flatten(0, 1)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+def _scattered(x: Tensor, sizes: tuple[int, ...], axis: Axis) -> Tensor:
+    most, own = max(sizes), sizes[axis.rank]
+    if min(sizes) == most:
+        parts = x.contiguous()
+    else:
+        parts = torch.cat([_padded(part, most) for part in x.split(sizes)])
+    out = x.new_empty(most, *x.shape[1:])
+    _reduce_scatter(out.flatten(), parts.flatten(), group=axis.group)
+    return out[:own]
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
