@@ -6,9 +6,9 @@ A benchmark is started by torchrun, or starts its own processes (`run_on`). One 
 from __future__ import annotations
 
 import os
-import socket
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,8 @@ class Ranks:
 
     def meet(self) -> None:
         self.wait()
-        dist.barrier()
+        if self.world.size > 1:
+            dist.barrier()
 
     def clear(self) -> None:
         if self.device.type == "cuda":
@@ -61,6 +62,8 @@ class Ranks:
         return self.largest(own)
 
     def largest(self, number: float) -> float:
+        if self.world.size == 1:
+            return number
         told = torch.tensor([number], dtype=torch.float64, device=self.device)
         dist.all_reduce(told, dist.ReduceOp.MAX)
         return float(told)
@@ -80,7 +83,7 @@ class Ranks:
             times = []
             for _ in range(passes):
                 self.wait()
-                if not alone:
+                if not alone and self.world.size > 1:
                     dist.barrier()
                 start = time.perf_counter()
                 work()
@@ -94,31 +97,39 @@ def run_on(ranks: int, work: Callable[[Ranks, Any], None], options: Any) -> None
     """Calls work(ranks, options) on every process; starts them unless a launcher did."""
     if "WORLD_SIZE" in os.environ:
         _work(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None, work, options)
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_work, (ranks, port, work, options), nprocs=ranks)
+    elif ranks == 1:
+        # no process to meet, so no network either
+        _work(0, 1, None, work, options)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            # by file: a host without names would be asked for its own by a TCP store
+            given = (ranks, f"file://{folder}/store", work, options)
+            torch.multiprocessing.spawn(_work, given, nprocs=ranks)
 
 
 def _work(
-    rank: int, size: int, port: int | None, work: Callable[[Ranks, Any], None], options: Any
+    rank: int, size: int, store: str | None, work: Callable[[Ranks, Any], None], options: Any
 ) -> None:
     is_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", rank) if is_cuda else torch.device("cpu")
-    if port is not None:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    device = torch.device("cpu")
     if is_cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    backend = "cuda:nccl,cpu:gloo" if is_cuda else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=PATIENCE)
-    group = dist.group.WORLD if size > 1 else None
+    if size == 1:
+        work(Ranks(Axis(), device), options)
+        return
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        init_method=store,
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+        device_id=device if is_cuda else None,
+    )
     try:
-        work(Ranks(Axis(size, rank, group), device), options)
+        work(Ranks(Axis(size, rank, dist.group.WORLD), device), options)
     finally:
         dist.destroy_process_group()
 
