@@ -38,7 +38,7 @@ from model.parallel.apply import parallelize
 from model.parallel.expert import average_expert_gradients, leave_out_of_ddp
 from model.parallel.mesh import ParallelConfig, open_mesh
 
-PASSES = 3
+PASSES = 2
 PROBE_BYTES = 2**28
 
 
@@ -159,7 +159,7 @@ def compare(ranks: Ranks, forms: dict[str, Callable[[], Tensor]]) -> None:
         found = form()
         wanted = found if wanted is None else wanted
         off = ranks.largest(float((found - wanted).float().norm() / wanted.float().norm()))
-        seconds = ranks.seconds(form, 5)
+        seconds = ranks.seconds(form, 3)
         one = one or seconds
         ranks.say(
             f"  {name:>20}: {seconds * 1e3:8.3f} ms, {one / seconds:.2f} times, off by {off:.1e}"

@@ -5,6 +5,7 @@ A benchmark is started by torchrun, or starts its own processes (`run_on`). One 
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import sys
@@ -52,6 +53,7 @@ class Ranks:
             dist.barrier()
 
     def clear(self) -> None:
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
