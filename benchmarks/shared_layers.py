@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,10 @@ Form = Callable[[], Tensor]
 def set_overlap(model: nn.Module, overlaps: bool) -> None:
     """Whether lightning layers compute beside what they send."""
     for module in model.modules():
-        if isinstance(module, LightningAttention):
-            share = getattr(module.begin, "__self__", None)
-            if isinstance(share, LightningShare):
-                module.begin = replace(share, overlaps=overlaps).begin
+        if isinstance(module, LightningAttention) and isinstance(module.begin, MethodType):
+            share = module.begin.__self__
+            assert isinstance(share, LightningShare), "put there by parallelize"
+            module.begin = replace(share, overlaps=overlaps).begin
 
 
 def set_halves(model: nn.Module, overlaps: bool) -> None:
