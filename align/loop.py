@@ -66,7 +66,7 @@ class TrainConfig(BaseModel):
     """Type of the forward and backward pass; what is trained and updated says optim.weights."""
     checkpointing: Checkpointing = "none"
     """What backward computes again: nothing; all but projections and softmax attention
-    (selective), or each whole block (full)."""
+    (selective), or each whole block (full), whose inputs the host may hold (host)."""
     parallel: ParallelConfig = ParallelConfig()
     """Processes that share a row of tokens, or the experts; the rest is data parallelism."""
     save_every_steps: int = Field(default=0, ge=0)

@@ -7,8 +7,8 @@ transformers, TRL and PEFT know take padded or packed calls and pass them throug
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from model.attention import SoftmaxAttention
 from model.cache import DecodeCache
-from model.checkpointing import Checkpointing, computed_again
+from model.checkpointing import Checkpointing, computed_again, kept_on_host
 from model.config import HybridConfig
 from model.door import check_form, check_hints, open_door, own_labels
 from model.kernels.logprob.op import head_logits, token_logprobs
@@ -98,12 +98,18 @@ class Block(nn.Module):
         recorded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """[T, C] -> [T, C] and router logits [T, E]; `recorded` as in `MoE.forward`."""
-        if checkpointing == "full":
-            return computed_again(partial(self.forward, recorded=recorded), x, packed, angles)
+        if checkpointing == "none":
+            return self.feed(*self.attend(x, packed, angles, cache), recorded)
         if checkpointing == "selective":
             halfway = computed_again(self.attend, x, packed, angles, keeps=True)
-            return computed_again(self.feed, *halfway, recorded)
-        return self.feed(*self.attend(x, packed, angles, cache), recorded)
+            return computed_again(self.feed, *halfway, recorded, True)
+        with kept_on_host() if checkpointing == "host" else nullcontext():
+            return computed_again(self._both, x, packed, angles, recorded)
+
+    def _both(
+        self, x: Tensor, packed: Packed, angles: Angles, recorded: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.feed(*self.attend(x, packed, angles), recorded, True)
 
     def attend(
         self, x: Tensor, packed: Packed, angles: Angles, cache: Step | None = None
@@ -118,10 +124,14 @@ class Block(nn.Module):
         return residual, normed
 
     def feed(
-        self, residual: Tensor, normed: Tensor, recorded: Tensor | None = None
+        self,
+        residual: Tensor,
+        normed: Tensor,
+        recorded: Tensor | None = None,
+        in_pieces: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The second half: what `attend` gave -> [T, C] and router logits [T, E]."""
-        branch, router_logits = self.mlp(normed, recorded)
+        branch, router_logits = self.mlp(normed, recorded, in_pieces)
         return join(residual, branch, self.mlp_gain), router_logits
 
 

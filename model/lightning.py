@@ -16,7 +16,8 @@ from model.norm import GatedRMSNorm
 from model.packed import Packed
 from model.step import DecodeStep, Step
 
-Core = Callable[..., tuple[Tensor, Tensor | None]]
+Attended = tuple[Tensor, Tensor | None]
+Begin = Callable[..., Callable[[], Attended]]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -35,6 +36,27 @@ def decay_slopes(heads: int, layer: int, num_layers: int, device: torch.device) 
         head = torch.arange(1, heads + 1, dtype=torch.float64)
         factor = 1 - layer / max(num_layers - 1, 1) + 1e-5
         return (2.0 ** (-8 * head / heads) * factor).to(device=device, dtype=torch.float32)
+
+
+def begin_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    lengths: Sequence[int],
+    *,
+    initial_state: Tensor | None = None,
+    with_final: bool = False,
+) -> Callable[[], Attended]:
+    """`lightning_attention`, whose result is asked for by a second call.
+
+    One process has it at once. Where ranks share a row, what they send to each other travels until
+    the second call.
+    """
+    found = lightning_attention(
+        q, k, v, slopes, lengths, initial_state=initial_state, with_final=with_final
+    )
+    return lambda: found
 
 
 class LightningAttention(nn.Module):
@@ -57,25 +79,24 @@ class LightningAttention(nn.Module):
         self.out_proj = Linear(width, config.hidden_size)
         self.output_gate = Linear(config.hidden_size, width)
         self.norm = GatedRMSNorm(width, config.lightning_norm_eps)
-        self.core: Core = lightning_attention
+        self.begin: Begin = begin_attention
 
     def forward(self, x: Tensor, packed: Packed, cache: Step | None = None) -> Tensor:
         """[T, C] -> [T, C]."""
         q, k, v = silu_qkv(self.qkv_proj(x), self.heads)
-        out = self._attend(q, k, v, packed.lengths, cache)
-        return self.out_proj(self.norm(out.flatten(1), self.output_gate(x)))
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], cache: Step | None
-    ) -> Tensor:
         slopes = decay_slopes(self.heads, self.layer, self.num_layers, q.device)
-        if cache is None:
-            return self.core(q, k, v, slopes, lengths)[0]
         if isinstance(cache, DecodeStep):
             states = cache.states[cache.lightning[self.layer]]
-            return lightning_step(q, k, v, slopes, states, cache.index)
-        state = cache.state(self.layer)
-        out, final = self.core(q, k, v, slopes, lengths, initial_state=state, with_final=True)
-        assert final is not None, "asked for by with_final"
-        cache.put_state(self.layer, final)
-        return out
+            out = lightning_step(q, k, v, slopes, states, cache.index)
+            return self.out_proj(self.norm(out.flatten(1), self.output_gate(x)))
+        state = None if cache is None else cache.state(self.layer)
+        attended = self.begin(
+            q, k, v, slopes, packed.lengths, initial_state=state, with_final=cache is not None
+        )
+        # between the two calls: needs nothing of other ranks
+        gate = self.output_gate(x)
+        out, final = attended()
+        if cache is not None:
+            assert final is not None, "asked for by with_final"
+            cache.put_state(self.layer, final)
+        return self.out_proj(self.norm(out.flatten(1), gate))

@@ -48,9 +48,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, size, inner))
         self.core: Callable[..., Tensor] = expert_layer
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, in_pieces: bool = False
+    ) -> Tensor:
         """[T, C], [T, K], [T, K] -> [T, C]."""
-        return self.core(x, self.gate_up_proj, self.down_proj, chosen, weights)
+        return self.core(x, self.gate_up_proj, self.down_proj, chosen, weights, in_pieces=in_pieces)
 
 
 class MoE(nn.Module):
@@ -64,12 +66,15 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.drop: Callable[..., Tensor] = drop_over_capacity
 
-    def forward(self, x: Tensor, recorded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, recorded: Tensor | None = None, in_pieces: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """[T, C] -> output [T, C] and router logits [T, E] fp32.
 
         Args:
             recorded: [T, K] integers, experts that an engine chose: they are taken in place of the
                 router's, which weighs them, gradients and all; -1 leaves the choice to the router.
+            in_pieces: as in `expert_layer`.
         """
         logits = self.gate(x)
         weights, chosen = route(logits, self.top_k)
@@ -77,7 +82,7 @@ class MoE(nn.Module):
             weights, chosen = replayed(logits, chosen, recorded)
         if self.training and self.capacity_factor > 0:
             chosen = self.drop(chosen, logits.shape[-1], self.capacity_factor)
-        return self.experts(x, chosen, weights), logits
+        return self.experts(x, chosen, weights, in_pieces), logits
 
 
 def drop_over_capacity(chosen: Tensor, num_experts: int, factor: float) -> Tensor:

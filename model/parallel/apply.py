@@ -1,7 +1,7 @@
 """The one file that rewires a finished model, in a fixed order: sequence, then experts.
 
-Layers know nothing of ranks: each has a seam (`core`, `drop`, the trunk's `row`), and here stands
-what is put into it.
+Layers know nothing of ranks: each has a seam (`core`, `begin`, `drop`, the trunk's `row`), and here
+stands what is put into it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from model.hybrid import HybridModel
 from model.lightning import LightningAttention, decay_slopes
 from model.moe import Experts, MoE
 from model.parallel.expert import CountedDrop, ExpertShare, shard_experts
+from model.parallel.lasp import LightningShare
 from model.parallel.mesh import Mesh, ParallelConfig
-from model.parallel.sequence import CutRow, LightningShare
+from model.parallel.sequence import CutRow
 from model.parallel.softmax import SoftmaxShare
 
 
@@ -36,7 +37,11 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
     trunk = _trunk(model)
     if trunk is None:
         raise ValueError(f"model = {type(model).__name__} holds no HybridModel to share over ranks")
-    config.check(mesh.world.size, num_experts=trunk.config.num_local_experts)
+    config.check(
+        mesh.world.size,
+        num_experts=trunk.config.num_local_experts,
+        expert_width=trunk.config.intermediate_size,
+    )
     counted = mesh.world if config.router == "global" else mesh.sequence
     trunk.row = CutRow(mesh, counted)
     if mesh.sequence.size > 1:
@@ -65,7 +70,7 @@ def _share_experts(trunk: HybridModel, mesh: Mesh) -> None:
     for module in trunk.modules():
         if isinstance(module, Experts):
             shard_experts(module, mesh.experts)
-            module.core = ExpertShare(mesh.expert, module.core)
+            module.core = ExpertShare(mesh.expert, module.core, tensor=mesh.tensor)
 
 
 def _cut_sequence(trunk: HybridModel, mesh: Mesh) -> None:
@@ -73,6 +78,6 @@ def _cut_sequence(trunk: HybridModel, mesh: Mesh) -> None:
         if isinstance(module, LightningAttention):
             cpu = torch.device("cpu")
             slopes = decay_slopes(module.heads, module.layer, module.num_layers, cpu)
-            module.core = LightningShare(mesh.sequence, slowest=float(slopes.min()))
+            module.begin = LightningShare(mesh.sequence, slowest=float(slopes.min())).begin
         elif isinstance(module, SoftmaxAttention):
             module.core = SoftmaxShare(mesh.sequence)

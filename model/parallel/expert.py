@@ -2,13 +2,16 @@
 
     rows by expert -> all-to-all -> the experts held here, weighted -> all-to-all back -> summed
 
+Where ranks share an expert's width F too, those of one part of the experts join their rows, each
+computes its part of silu(g) * u and of the product behind it, and the outputs are summed.
+
 Everything else stays as data parallelism has it. An expert's gradient arrives summed over the ranks
 that share the experts; what is left is the sum over those that hold the same ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +20,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 from model.moe import Experts
-from model.parallel.collectives import all_gather, exchange
-from model.parallel.mesh import Axis, Mesh
+from model.parallel.collectives import (
+    Voyage,
+    all_gather,
+    end_exchange,
+    exchange,
+    gather_parts,
+    scatter_parts,
+    start_exchange,
+)
+from model.parallel.mesh import ALONE, Axis, Mesh
 
 
 @dataclass(frozen=True)
@@ -31,36 +43,140 @@ class ExpertShare:
 
     Args:
         core: computes the experts of one rank, as `expert_layer`.
+        overlaps: whether one half of the tokens travels while the other is computed.
+        tensor: the ranks that share the width of the same experts.
     """
 
     axis: Axis
     core: Callable[..., Tensor]
+    overlaps: bool = True
+    tensor: Axis = ALONE
 
     def __call__(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        *,
+        in_pieces: bool = False,
     ) -> Tensor:
         """As `expert_layer`; gate_up and down are sharded over the ranks on their first dim."""
         gate_up, down = local(gate_up), local(down)
-        held, ranks = gate_up.shape[0], self.axis.size
-        order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=held * ranks + 1)[: held * ranks]
-        # [ranks, held]: rows to each rank's experts, and rows from each rank to those held here
-        going = counts.view(ranks, held)
-        coming = exchange(going, [1] * ranks, [1] * ranks, self.axis)
-        send, receive = torch.stack([going.sum(1), coming.sum(1)]).tolist()
-        order = order[: sum(send)]
         low = x
         if torch.is_autocast_enabled(x.device.type):
             # what the experts would round to anyway, at half the bytes
             low = x.to(torch.get_autocast_dtype(x.device.type))
-        rows = exchange(_Spread.apply(low, order, chosen.shape[1]), send, receive, self.axis)
-        scale = weights.flatten().index_select(0, order)[:, None]
-        scale = exchange(scale, send, receive, self.axis)
-        expert = torch.arange(held, device=x.device).repeat(ranks)
-        expert = expert.repeat_interleave(coming.flatten(), output_size=sum(receive))
-        out = self.core(rows, gate_up, down, expert[:, None], scale)
-        back = exchange(out, receive, send, self.axis)
-        return _Gathered.apply(back, order, chosen.shape).to(x.dtype)
+        # every rank cuts, however few its tokens; not where a checkpoint would run the first half's
+        # experts again only to come to the second's
+        cuts = 2 if self.overlaps and not in_pieces else 1
+        sizes = [len(x) - len(x) // 2, len(x) // 2] if cuts == 2 else [len(x)]
+        tables = _Table.of(
+            chosen.split(sizes), held=len(gate_up), axis=self.axis, tensor=self.tensor
+        )
+        halves = [
+            _Half(tokens, scale, table, self.axis)
+            for tokens, scale, table in zip(
+                low.split(sizes), weights.split(sizes), tables, strict=True
+            )
+        ]
+        for half in halves:
+            half.depart()
+        for half in halves:
+            rows, scale = half.arrive()
+            expert, joined = half.table.expert[:, None], half.table.joined
+            if self.tensor.size > 1:
+                rows, scale, expert = (
+                    gather_parts(x, joined, self.tensor) for x in (rows, scale, expert)
+                )
+            out = self.core(rows, gate_up, down, expert, scale, in_pieces=in_pieces)
+            if self.tensor.size > 1:
+                out = scatter_parts(out, joined, self.tensor)
+            half.go_back(out)
+        found = [half.come_back() for half in halves]
+        return (found[0] if cuts == 1 else torch.cat(found)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Which rows travel where.
+
+    Args:
+        order: [rows] place [token, k] of each row that leaves, by expert.
+        expert: [rows that come], which of the experts here each is for.
+        shape: tokens, K.
+        send, receive: rows to and from each rank.
+        joined: rows that come to each of the ranks that share the width.
+    """
+
+    order: Tensor
+    expert: Tensor
+    shape: tuple[int, int]
+    send: list[int]
+    receive: list[int]
+    joined: list[int]
+
+    @staticmethod
+    def of(parts: Sequence[Tensor], *, held: int, axis: Axis, tensor: Axis) -> list[_Table]:
+        """Of each part of the tokens; the host waits for the device once."""
+        ranks = axis.size
+        flat = [part.flatten() for part in parts]
+        # [ranks, parts, held]: rows to each rank's experts, and rows from each rank to those here
+        going = torch.stack(
+            [
+                torch.bincount(x, minlength=held * ranks + 1)[: held * ranks].view(ranks, held)
+                for x in flat
+            ],
+            dim=1,
+        )
+        coming = exchange(going, [1] * ranks, [1] * ranks, axis)
+        told = torch.cat([going.sum(2).t(), coming.sum(2).t()], dim=1)
+        if tensor.size > 1:
+            came = all_gather(coming.sum((0, 2)), tensor)
+            told = torch.cat([told, came.t()], dim=1)
+        send, receive, joined = zip(
+            *((row[:ranks], row[ranks : 2 * ranks], row[2 * ranks :]) for row in told.tolist()),
+            strict=True,
+        )
+        own = torch.arange(held, device=coming.device).repeat(ranks)
+        return [
+            _Table(
+                order=flat[n].argsort(stable=True)[: sum(send[n])],
+                expert=own.repeat_interleave(coming[:, n].flatten(), output_size=sum(receive[n])),
+                shape=(part.shape[0], part.shape[1]),
+                send=send[n],
+                receive=receive[n],
+                joined=joined[n],
+            )
+            for n, part in enumerate(parts)
+        ]
+
+
+class _Half:
+    """A part of the tokens on its way to its experts and back."""
+
+    def __init__(self, x: Tensor, weights: Tensor, table: _Table, axis: Axis) -> None:
+        self.x, self.weights, self.table = x, weights, table
+        self.there = [Voyage(table.send, table.receive, axis) for _ in range(2)]
+        self.back = Voyage(table.receive, table.send, axis)
+
+    def depart(self) -> None:
+        order = self.table.order
+        rows = _Spread.apply(self.x, order, self.table.shape[1])
+        scale = self.weights.flatten().index_select(0, order)[:, None]
+        self.rows, self.scale = map(start_exchange, (rows, scale), self.there)
+
+    def arrive(self) -> tuple[Tensor, Tensor]:
+        rows, scale = map(end_exchange, (self.rows, self.scale), self.there)
+        return rows, scale
+
+    def go_back(self, out: Tensor) -> None:
+        self.out = start_exchange(out, self.back)
+
+    def come_back(self) -> Tensor:
+        out = end_exchange(self.out, self.back)
+        return _Gathered.apply(out, self.table.order, self.table.shape)
 
 
 class _Spread(torch.autograd.Function):
@@ -84,15 +200,14 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.top_k = shape[1]
+        # not by save_for_backward: a checkpoint would compute the experts again to come here
+        ctx.order, ctx.top_k = order, shape[1]
         return _sum_places(rows, order, shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (order,) = ctx.saved_tensors
-        return grad.index_select(0, order // ctx.top_k), None, None
+        return grad.index_select(0, ctx.order // ctx.top_k), None, None
 
 
 def _sum_places(rows: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -132,14 +247,30 @@ def shard_experts(module: Experts, mesh: DeviceMesh) -> None:
     """Keeps this rank's experts only; the full tensors must be alike on all ranks.
 
     Args:
-        mesh: replica x expert.
+        mesh: replica x expert, or replica x expert x tensor.
     """
     rank, size = mesh.get_local_rank("expert"), mesh["expert"].size()
     for name, whole in list(module.named_parameters(recurse=False)):
+        own = whole.detach().chunk(size)[rank]
+        placements: list[Placement] = [Replicate(), Shard(0)]
+        if mesh.ndim == 3:
+            own, along = _width(name, own, mesh)
+            placements.append(along)
         # a copy, so that the memory of the others' experts is given back
-        own = whole.detach().chunk(size)[rank].clone()
-        placed = DTensor.from_local(own, mesh, [Replicate(), Shard(0)], run_check=False)
+        placed = DTensor.from_local(
+            own.clone(), mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
         setattr(module, name, nn.Parameter(placed, requires_grad=whole.requires_grad))
+
+
+def _width(name: str, weight: Tensor, mesh: DeviceMesh) -> tuple[Tensor, Placement]:
+    """This rank's part of the width F of [E', 2F, C] or [E', C, F]."""
+    rank, size = mesh.get_local_rank("tensor"), mesh["tensor"].size()
+    if name == "down_proj":
+        return weight.chunk(size, dim=2)[rank], Shard(2)
+    gate, up = (half.chunk(size, dim=1)[rank] for half in weight.chunk(2, dim=1))
+    # the same stretch of gate and of up
+    return torch.cat([gate, up], dim=1), _StridedShard(1, split_factor=2)
 
 
 def shared_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -186,7 +317,9 @@ def clip_gradients(model: nn.Module, mesh: Mesh, limit: float) -> Tensor:
         for is_own in (True, False)
     ]
     squares = norms[0].double().square()
-    dist.all_reduce(squares, group=mesh.expert.group)
+    for axis in (mesh.expert, mesh.tensor):
+        if axis.size > 1:
+            dist.all_reduce(squares, group=axis.group)
     norm = (squares + norms[1].double().square()).sqrt()
     share = (limit / (norm + 1e-6)).clamp(max=1.0)
     for _, grad in named:

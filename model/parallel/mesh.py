@@ -2,6 +2,7 @@
 
     rows:     data x shard x sequence    the ranks of `sequence` share one packed row
     experts:  replica x expert           the ranks of `expert` share the experts of each layer
+              (x tensor)                 those of `tensor` share the width of each expert
 
 In both the last axis is the innermost, so that neighbours, which talk most, share a host. Processes
 belong to accelerate; `shard` is what it spreads parameters over (FSDP), and to its data parallelism
@@ -13,14 +14,14 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 ROWS = ("data", "shard", "sequence")
-EXPERTS = ("replica", "expert")
+EXPERTS = ("replica", "expert", "tensor")
 
 
 class ParallelConfig(BaseModel):
@@ -37,9 +38,22 @@ class ParallelConfig(BaseModel):
     """Processes that share one packed row; divides the number of processes."""
     expert: int = Field(default=1, ge=1)
     """Processes that share the experts of each layer; divides the number of processes."""
+    expert_tensor: int = Field(default=1, ge=1)
+    """Processes that share the inner width of each expert where `expert` is above 1; expert *
+    expert_tensor divides the number of processes."""
     router: Literal["row", "global"] = "row"
     """Tokens that the experts' capacity and balance loss count: those of one packed row, or those
     of all rows that the processes compute at once (the report's global router)."""
+
+    @model_validator(mode="after")
+    def _width_beside_experts(self) -> Self:
+        if self.expert_tensor > 1 and self.expert == 1:
+            raise ValueError(
+                f"parallel.expert_tensor = {self.expert_tensor} with parallel.expert = 1, expected "
+                "expert above 1: whole experts are shared first; set expert or leave "
+                "expert_tensor at 1"
+            )
+        return self
 
     def rows_at_once(self, num_processes: int) -> int:
         """Rows that so many processes compute at once."""
@@ -49,12 +63,13 @@ class ParallelConfig(BaseModel):
         """Which of those rows a process has a part in."""
         return rank // self.sequence
 
-    def check(self, num_processes: int, *, num_experts: int = 0) -> None:
+    def check(self, num_processes: int, *, num_experts: int = 0, expert_width: int = 0) -> None:
         """Refuses sizes that do not divide.
 
         Args:
             num_processes: all processes; 0 if not known yet.
             num_experts: experts a layer; 0 if not known yet.
+            expert_width: F of the model; 0 if not known yet.
 
         Raises:
             ValueError: naming the divisors that work.
@@ -64,19 +79,27 @@ class ParallelConfig(BaseModel):
             Traceback (most recent call last):
             ValueError: parallel.sequence = 3, expected a divisor of the 4 processes: 1, 2, 4
         """
-        found = self.misfit(num_processes, num_experts=num_experts)
+        found = self.misfit(num_processes, num_experts=num_experts, expert_width=expert_width)
         if found:
             name, expected = found
-            size = {"sequence": self.sequence, "expert": self.expert}[name]
+            size = self.model_dump()[name]
             raise ValueError(f"parallel.{name} = {size}, {expected}")
 
-    def misfit(self, num_processes: int, *, num_experts: int = 0) -> tuple[str, str] | None:
+    def misfit(
+        self, num_processes: int, *, num_experts: int = 0, expert_width: int = 0
+    ) -> tuple[str, str] | None:
         """The key whose size does not divide, and what was expected; None if all do."""
         processes = (num_processes, f"the {num_processes} processes")
         experts = (num_experts, f"the model's {num_experts} experts")
+        left = (
+            num_processes // self.expert,
+            f"the {num_processes // self.expert} processes that parallel.expert leaves",
+        )
+        width = (expert_width, f"the model's expert width {expert_width}")
         rules = (
             ("sequence", self.sequence, [processes]),
             ("expert", self.expert, [processes, experts]),
+            ("expert_tensor", self.expert_tensor, [left, width]),
         )
         for name, size, divided in rules:
             if any(number % size for number, _ in divided):
@@ -125,13 +148,16 @@ class Mesh:
         world: all ranks.
         sequence: the ranks that share its row.
         expert: the ranks that hold the other experts.
-        replica: the ranks that hold the same experts.
-        experts: replica x expert as torch knows it; None if nothing is shared.
+        tensor: the ranks that hold the other parts of its experts' width.
+        replica: the ranks that hold the same as it of the experts.
+        experts: replica x expert (x tensor, if that is shared) as torch knows it; None if nothing
+            is shared.
     """
 
     world: Axis = ALONE
     sequence: Axis = ALONE
     expert: Axis = ALONE
+    tensor: Axis = ALONE
     replica: Axis = ALONE
     experts: DeviceMesh | None = None
 
@@ -157,13 +183,17 @@ def open_mesh(config: ParallelConfig, *, device_type: str, is_sharded: bool = Fa
     rows = world // config.sequence
     shape = (1, rows, config.sequence) if is_sharded else (rows, 1, config.sequence)
     own = init_device_mesh(device_type, shape, mesh_dim_names=ROWS)
+    inner = (config.expert,) if config.expert_tensor == 1 else (config.expert, config.expert_tensor)
     experts = init_device_mesh(
-        device_type, (world // config.expert, config.expert), mesh_dim_names=EXPERTS
+        device_type,
+        (world // math.prod(inner), *inner),
+        mesh_dim_names=EXPERTS[: 1 + len(inner)],
     )
     return Mesh(
         world=Axis(world, dist.get_rank(), dist.group.WORLD),
         sequence=_axis(own, "sequence"),
         expert=_axis(experts, "expert"),
+        tensor=_axis(experts, "tensor") if len(inner) == 2 else ALONE,
         replica=_axis(experts, "replica"),
         experts=experts,
     )

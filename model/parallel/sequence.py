@@ -1,13 +1,5 @@
 """One packed row cut over the ranks of the sequence axis, in contiguous parts.
 
-Lightning layers run LASP+: every rank runs its part from zero states, one all-gather tells all
-ranks what state each part ends with, and the document that came over the border gets
-
-    o_i += exp(-s (i + 1)) q_i S,    S = sum_j exp(-s tokens between) S_j
-
-where j goes over the parts since the document's start. Only the first document of a part can have
-come over a border. Backward is the same with one all-gather of gradients of S.
-
 A row of T tokens gives each rank T / ranks of them, the first T % ranks ranks one more; nothing is
 padded, and a row of fewer tokens than ranks is refused. Positions stay those in the document.
 """
@@ -17,22 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from model.kernels.lightning.op import lightning_attention
 from model.packed import Packed, sent
-from model.parallel.collectives import all_gather, gather_parts, sum_over
+from model.parallel.collectives import gather_parts, sum_over
 from model.parallel.mesh import Axis, Mesh
 from model.row import Row
-
-# What decayed below 2^-48 is below the last bit of an fp32 sum; the kernels leave it out as well.
-_GONE = 48 * 0.6931471805599453
-# Tokens whose share of the incoming state exists at once.
-_PIECE = 8192
 
 
 class ShardLengths(tuple[int, ...]):
@@ -162,157 +146,3 @@ class CutRow(Row):
         weighed = torch.cat([(x * tokens).flatten(), x.new_full((1,), float(tokens))])
         total = sum_over(weighed, self.counted)
         return (total[:-1] / total[-1].detach()).view_as(x)
-
-
-@dataclass(frozen=True)
-class LightningShare:
-    """LASP+; takes the place of a lightning layer's core.
-
-    Args:
-        slowest: smallest slope of the layer's heads.
-    """
-
-    axis: Axis
-    slowest: float
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor,
-        lengths: Sequence[int],
-        *,
-        initial_state: Tensor | None = None,
-        with_final: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `lightning_attention`, on this rank's part of q, k, v.
-
-        Returns: o [T', H, D] and, if wanted, the state of each of the part's documents at its end
-            or at the part's.
-
-        Raises:
-            ValueError: if an initial state is given for a part.
-        """
-        if not isinstance(lengths, ShardLengths) or not lengths.crosses:
-            return lightning_attention(
-                q, k, v, slopes, lengths, initial_state=initial_state, with_final=with_final
-            )
-        if initial_state is not None:
-            raise ValueError("initial_state: not for a row cut over ranks; continue it on one rank")
-        out, finals = _from_zero(q, k, v, slopes, lengths, with_final)
-        incoming = _CarryStates.apply(finals[-1], slopes, lengths, self.axis)
-        rows = 0
-        if lengths.before[lengths.rank]:
-            far = _GONE / self.slowest if self.slowest else lengths[0]
-            rows = min(lengths[0], int(far) + 1)
-        out = _AddIncoming.apply(out, q, incoming, slopes, rows)
-        if not with_final:
-            return out, None
-        if rows:
-            kept = torch.exp(-slopes.to(incoming.dtype) * lengths[0])[:, None, None]
-            finals = torch.cat([finals[:1] + kept * incoming, finals[1:]])
-        return out, finals
-
-
-def _from_zero(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, lengths: ShardLengths, with_all: bool
-) -> tuple[Tensor, Tensor]:
-    """Outputs of the part from zero states, and final states: all, or only the last one."""
-    if with_all or len(lengths) == 1:
-        out, finals = lightning_attention(q, k, v, slopes, tuple(lengths), with_final=True)
-        assert finals is not None, "asked for by with_final"
-        return out, finals
-    # the last document on its own, because the states of all may be larger than the tokens
-    last = lengths[-1]
-    body, _ = lightning_attention(q[:-last], k[:-last], v[:-last], slopes, lengths[:-1])
-    tail, final = lightning_attention(
-        q[-last:], k[-last:], v[-last:], slopes, lengths[-1:], with_final=True
-    )
-    assert final is not None, "asked for by with_final"
-    return torch.cat([body, tail]), final
-
-
-def _faded(states: Tensor, slopes: Tensor, gaps: dict[int, int]) -> Tensor:
-    """Sum of the ranks' states [ranks, H, D, D], each decayed over the tokens of its gap."""
-    total = torch.zeros_like(states[0])
-    for rank, tokens in gaps.items():
-        total.addcmul_(states[rank], torch.exp(-slopes.to(total.dtype) * tokens)[:, None, None])
-    return total
-
-
-class _CarryStates(torch.autograd.Function):
-    """Final state of each part's last document -> state that comes into this part's first."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, final: Tensor, slopes: Tensor, lengths: ShardLengths, axis: Axis
-    ) -> Tensor:
-        ctx.save_for_backward(slopes)
-        ctx.lengths, ctx.axis = lengths, axis
-        gaps = {j: lengths.gap(axis.rank, j) for j in range(axis.rank)}
-        return _faded(all_gather(final, axis), slopes, _known(gaps))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (slopes,) = ctx.saved_tensors
-        lengths, axis = ctx.lengths, ctx.axis
-        gathered = all_gather(grad, axis)
-        gaps = _known({j: lengths.gap(j, axis.rank) for j in range(axis.rank + 1, axis.size)})
-        return _faded(gathered, slopes, gaps) if gaps else None, None, None, None
-
-
-def _known(gaps: dict[int, int | None]) -> dict[int, int]:
-    return {rank: tokens for rank, tokens in gaps.items() if tokens is not None}
-
-
-class _AddIncoming(torch.autograd.Function):
-    """out with what the incoming state gives to the first `rows` tokens.
-
-    Applied on every rank, with 0 rows where nothing comes in: the backward of the carried states is
-    a collective, and no rank may miss it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, out: Tensor, q: Tensor, incoming: Tensor, slopes: Tensor, rows: int
-    ) -> Tensor:
-        ctx.save_for_backward(q, incoming, slopes)
-        ctx.rows = rows
-        if not rows:
-            return out.view_as(out)
-        out = out.clone()
-        # products in the dtype of q, which is what the kernels multiply states in
-        state = incoming.to(q.dtype)
-        with torch.autocast(q.device.type, enabled=False):
-            for piece, decay in _pieces(slopes, rows):
-                added = (q[piece].transpose(0, 1) @ state).transpose(0, 1)
-                out[piece] += (added * decay).to(out.dtype)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, incoming, slopes = ctx.saved_tensors
-        to_incoming = torch.zeros_like(incoming)
-        if not ctx.rows:
-            return grad, None, to_incoming, None, None
-        to_q = torch.zeros_like(q)
-        state = incoming.to(q.dtype).mT
-        with torch.autocast(q.device.type, enabled=False):
-            for piece, decay in _pieces(slopes, ctx.rows):
-                faded = (grad[piece] * decay).to(q.dtype).transpose(0, 1)
-                to_q[piece] = (faded @ state).transpose(0, 1)
-                to_incoming += q[piece].permute(1, 2, 0) @ faded
-        return grad, to_q, to_incoming, None, None
-
-
-def _pieces(slopes: Tensor, rows: int) -> list[tuple[slice, Tensor]]:
-    """Stretches of the first rows, and what is left of the state at each: [rows, H, 1]."""
-    pieces = []
-    for start in range(0, rows, _PIECE):
-        end = min(start + _PIECE, rows)
-        place = torch.arange(start + 1, end + 1, device=slopes.device, dtype=slopes.dtype)
-        pieces.append((slice(start, end), torch.exp(-place[:, None] * slopes)[..., None]))
-    return pieces

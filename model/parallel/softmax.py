@@ -2,14 +2,20 @@
 
 Layers trade tokens for heads by an all-to-all, so that each rank sees the whole row with a
 share of the heads: exact for packed documents, balanced under the causal mask although the parts
-are contiguous, and run by whatever kernel runs on one rank. Where the heads do not divide, keys and
-values are gathered, and each rank attends from its own tokens.
+are contiguous, and run by whatever kernel runs on one rank. Where the heads do not divide, a long
+document goes round a ring (`ring.py`); for short ones and windows, keys and values are gathered,
+and each rank attends from its own tokens.
+
+Bytes to a rank, forward, of T tokens on R ranks, in units of T D 2 / R: heads for tokens (2 H +
+2 G), each rank of work 1 / R; ring (2 H + 2 G) for the zig-zag and 2 G (R - 1) round, work 1 / R;
+gathered 2 G (R - 1), but the last rank works (2 R - 1) / R times its share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -25,7 +31,12 @@ from model.kernels.attention.op import (
 )
 from model.parallel.collectives import exchange, gather_parts
 from model.parallel.mesh import Axis
+from model.parallel.ring import attend_by_ring
 from model.parallel.sequence import ShardLengths
+
+# Tokens of a document from which balanced work is worth the way to the zig-zag and back. On paper
+# the two are even at 6,000 on two ranks (600 TFLOP/s, 200 GB/s); not measured yet.
+RING_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,29 @@ class SoftmaxShare:
             return packed_attention(q, k, v, lengths, window=window)
         if trades_heads(q.shape[1], k.shape[1], self.axis.size):
             return attend_by_heads(q, k, v, lengths, axis=self.axis, window=window)
+        if window is None and longest_across(lengths) >= RING_TOKENS:
+            return attend_by_ring(q, k, v, lengths, axis=self.axis)
         return attend_by_keys(q, k, v, lengths, axis=self.axis, window=window)
+
+
+def longest_across(lengths: ShardLengths) -> int:
+    """Tokens of the longest document that lies on more than one rank.
+
+    Example:
+        >>> longest_across(ShardLengths((12, 2, 8), rank=0, size=2))
+        12
+        >>> longest_across(ShardLengths((4, 4), rank=0, size=2))
+        0
+    """
+    borders = [0, *accumulate(lengths.row)]
+    return max(
+        (
+            end - start
+            for start, end in pairwise(borders)
+            if any(start < cut < end for cut in lengths.ends)
+        ),
+        default=0,
+    )
 
 
 def trades_heads(heads: int, kv_heads: int, ranks: int) -> bool:

@@ -255,7 +255,9 @@ class ExpertsOfRank(MoE):
         part.intermediate_size = config.intermediate_size // self.ranks
         super().__init__(part)
 
-    def forward(self, x: Tensor, recorded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, recorded: Tensor | None = None, in_pieces: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """[T, C] -> [T, C] and router logits [T, E]."""
-        out, logits = super().forward(x, recorded)
+        out, logits = super().forward(x, recorded, in_pieces)
         return (tensor_model_parallel_all_reduce(out) if self.ranks > 1 else out), logits

@@ -159,6 +159,7 @@ def test_two_processes_share_every_kind_of_stage(tmp_path: Path):
 def test_four_processes_share_rows_experts_and_data(tmp_path: Path):
     sizes = [
         ("lm", ParallelConfig(sequence=2, expert=4), None),
+        ("sft", ParallelConfig(expert=2, expert_tensor=2), None),
         ("sft", ParallelConfig(sequence=4), None),
         ("dpo", ParallelConfig(sequence=2, expert=2), None),
         ("reward", ROWS, None),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import HybridForCausalLM, Packed, preset
+from model import HybridForCausalLM, Packed, checkpointing, preset
 from model.checkpointing import Checkpointing
 from tests.helpers import TOLERANCE, assert_close
 
@@ -33,7 +33,7 @@ def backward(model: HybridForCausalLM) -> tuple[dict[str, torch.Tensor], tuple[t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize("kind", ["selective", "full", "host"])
 @pytest.mark.parametrize("postnorm", [True, False])
 def test_no_bit_of_a_gradient_changes(
     dtype: torch.dtype, kind: Checkpointing, postnorm: bool
@@ -103,8 +103,11 @@ def test_nothing_is_computed_again_outside_of_training() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["none", "selective", "full"])
-def test_on_cuda_gradients_agree_and_nothing_waits_for_the_device(kind: Checkpointing) -> None:
+@pytest.mark.parametrize("kind", ["none", "selective", "full", "host"])
+def test_on_cuda_gradients_agree_and_nothing_waits_for_the_device(
+    kind: Checkpointing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "_HOST_BYTES", 0)
     plain, _ = backward(build(torch.bfloat16).cuda())
     model = build(torch.bfloat16).cuda()
     model.model.checkpointing = kind

@@ -13,12 +13,19 @@ import torch
 from torch import Tensor
 
 from model.kernels.experts.blocks import expert_layer_blocks
+from model.kernels.experts.pieces import PIECE_TOKENS, experts_in_pieces
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def expert_layer(
-    x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    *,
+    in_pieces: bool = False,
 ) -> Tensor:
     """Weighted sum of each token's experts (SwiGLU).
 
@@ -27,6 +34,8 @@ def expert_layer(
             autocast.
         chosen: [T, K] int64 in 0..E, E where the place is dropped.
         weights: [T, K] in any float dtype; those of dropped places get no gradient.
+        in_pieces: keep the inputs alone for backward, and compute some tokens at a time, so that
+            the memory in use does not grow with T (`pieces.py`); so are long rows without gradient.
 
     Returns: [T, C] in the dtype of x; on CUDA the same from run to run, gradients too.
 
@@ -40,6 +49,8 @@ def expert_layer(
         torch.Size([1, 2])
     """
     _check(x, gate_up, down, chosen, weights)
+    if in_pieces or (len(x) > PIECE_TOKENS and not torch.is_grad_enabled()):
+        return experts_in_pieces(expert_layer, x, gate_up, down, chosen, weights)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         low = torch.get_autocast_dtype(x.device.type)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.kernels.experts import pieces
 from model.kernels.experts.op import expert_layer
 from model.kernels.experts.reference import experts_reference
 from model.kernels.experts.router import route, router_logits
-from tests.helpers import assert_close
+from tests.helpers import TOLERANCE, assert_close
 
 
 def inputs(tokens: int, experts: int, top: int) -> tuple[list[Tensor], Tensor]:
@@ -118,3 +119,28 @@ def test_router_refuses_what_does_not_fit():
     for top_k in (0, 3):
         with pytest.raises(ValueError, match=rf"top_k = {top_k}, .*1 <= top_k <= E"):
             route(torch.zeros(3, 2), top_k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_pieces_of_the_tokens_are_the_tokens(
+    dtype: torch.dtype, frozen: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pieces, "PIECE_TOKENS", 16)
+    results = []
+    for in_pieces in (False, True):
+        torch.manual_seed(0)
+        x, gate_up, down, weights = (
+            torch.randn(shape).to(dtype) for shape in ((45, 8), (4, 12, 8), (4, 8, 6), (45, 2))
+        )
+        chosen = torch.randint(5, (45, 2))
+        given = [x, weights] if frozen else [x, gate_up, down, weights]
+        for tensor in given:
+            tensor.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            out = expert_layer(x, gate_up, down, chosen, weights, in_pieces=in_pieces)
+        out.backward(torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out))
+        results.append([out.detach(), *(tensor.grad for tensor in given)])
+    bound = TOLERANCE[torch.bfloat16 if dtype == torch.float32 else dtype]
+    for one, other in zip(*results, strict=True):
+        assert_close("piece", other, one, bound)

@@ -26,14 +26,15 @@ def serial_lasp(
     """
     heads, size = qkv[0].shape[1:]
     comes = bool(lengths.before[axis.rank])
-    initial = torch.zeros(len(lengths), heads, size, size)
+    device = qkv[0].device
+    initial = torch.zeros(len(lengths), heads, size, size, device=device)
     if comes:
         dist.recv(initial[0], axis.rank - 1, group=axis.group)
     initial.requires_grad_()
     out, finals = lightning_attention(
         *qkv, slopes, tuple(lengths), initial_state=initial, with_final=True
     )
-    to_final = torch.zeros(heads, size, size)
+    to_final = torch.zeros(heads, size, size, device=device)
     if lengths.continues:
         dist.send(finals[-1].detach().contiguous(), axis.rank + 1, group=axis.group)
         dist.recv(to_final, axis.rank + 1, group=axis.group)

@@ -54,6 +54,8 @@ FOUR = (
     Case(ParallelConfig(sequence=2, expert=4), TIGHT),
     Case(ParallelConfig(expert=2), TIGHT),
     Case(ParallelConfig(sequence=2, expert=2, router="global"), TIGHT),
+    Case(ParallelConfig(expert=2, expert_tensor=2), TIGHT),
+    Case(ParallelConfig(sequence=2, expert=2, expert_tensor=2), NOTHING, "full"),
 )
 
 

@@ -36,8 +36,17 @@ def test_sizes_that_do_not_divide(sizes: dict[str, int], processes: int, experts
 def test_sizes_that_divide_and_sizes_not_known_yet():
     ParallelConfig(sequence=2, expert=4).check(8, num_experts=32)
     ParallelConfig(sequence=3, expert=4).check(0)
+    ParallelConfig(expert=2, expert_tensor=2).check(8, num_experts=2, expert_width=6)
     with pytest.raises(ValidationError):
         ParallelConfig(sequence=0)
+
+
+def test_the_width_of_experts_is_shared_beside_the_experts():
+    with pytest.raises(ValidationError, match=r"expert_tensor = 2 with parallel.expert = 1"):
+        ParallelConfig(expert_tensor=2)
+    told = r"expert_tensor = 3, .* the 4 processes that parallel.expert leaves .* width 8: 1, 2, 4$"
+    with pytest.raises(ValueError, match=told):
+        ParallelConfig(expert=2, expert_tensor=3).check(8, num_experts=2, expert_width=8)
 
 
 def neighbours(config: ParallelConfig) -> Any:

@@ -16,8 +16,10 @@ from torch import Tensor
 from model.kernels.attention.op import packed_attention
 from model.kernels.lightning.op import lightning_attention
 from model.packed import Packed
+from model.parallel.lasp import LightningShare
 from model.parallel.mesh import Axis, ParallelConfig, open_mesh
-from model.parallel.sequence import LightningShare, ShardLengths, cut
+from model.parallel.ring import attend_by_ring
+from model.parallel.sequence import ShardLengths, cut
 from model.parallel.softmax import attend_by_heads, attend_by_keys, trades_heads
 from tests.helpers import assert_close
 from tests.model.parallel.lasp_serial import serial_lasp
@@ -81,6 +83,8 @@ def on_ranks(rows: list[list[int]]) -> list[Any]:
                 xs = parts(lengths)[3:6]
                 out = attend(*xs, lengths, axis=axis, window=window)
                 found.append(backward(out, grad.detach(), xs))
+        xs = parts(lengths)[3:6]
+        found.append(backward(attend_by_ring(*xs, lengths, axis=axis), grad.detach(), xs))
         xs = parts(lengths)[:3]
         out = serial_lasp(xs, SLOPES, lengths, axis=axis, grad=grad.detach())
         found.append([out, *(x.grad for x in xs)])
@@ -92,7 +96,7 @@ def check(rows: list[list[int]], ranks: int, folder: Path) -> None:
     found = world(ranks, on_ranks, rows, folder)
     for number, row in enumerate(rows):
         lightning, whole, windowed = one_process(row)
-        wanted = [lightning[:4], lightning[:4], whole, whole, windowed, windowed, lightning[:4]]
+        wanted = [lightning[:4]] * 2 + [whole] * 2 + [windowed] * 2 + [whole, lightning[:4]]
         for kind, reference in enumerate(wanted):
             for place, one in enumerate(reference):
                 joined = torch.cat([rank[number][kind][place] for rank in found])
