@@ -44,7 +44,14 @@ class Int8Experts:
                 rounded[expert] = (wide / scale[expert][:, None]).round().to(torch.int8)
 
     def __call__(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        *,
+        in_pieces: bool = False,
     ) -> Tensor:
         """As `expert_layer`, of the rounded weights."""
         (gate_up, gate_up_scale), (down, down_scale) = self.weights
@@ -57,7 +64,7 @@ class Int8Experts:
                 return expert_layer_few(x, gate_up, down, chosen, weights, scales=scales)
         wide_gate_up = (gate_up * gate_up_scale[..., None]).to(x.dtype)
         wide_down = (down * down_scale[..., None]).to(x.dtype)
-        return expert_layer(x, wide_gate_up, wide_down, chosen, weights)
+        return expert_layer(x, wide_gate_up, wide_down, chosen, weights, in_pieces=in_pieces)
 
 
 def int8_experts(model: nn.Module) -> list[Int8Experts]:
