@@ -18,7 +18,7 @@ class TextStream:
 
     Args:
         decode: text of tokens; of a list and of its parts between whole characters alike.
-        stops: strings of which the first to appear ends the text, itself left out.
+        stops: strings of which the first to be complete ends the text, itself left out.
 
     Example:
         >>> stream = TextStream(lambda tokens: "".join(map(chr, tokens)), ("END",))
@@ -57,10 +57,12 @@ class TextStream:
         if self._is_over:
             return ""
         text, self._held = self._held + text, ""
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
-        if found:
+        ends = [(text.find(stop) + len(stop), len(stop)) for stop in self._stops if stop in text]
+        if ends:
             self._is_over = True
-            return text[: min(found)]
+            # the first to be complete, however many characters came at once
+            end, size = min(ends, key=lambda each: (each[0], -each[1]))
+            return text[: end - size]
         size = max(
             (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
             default=0,

@@ -140,7 +140,7 @@ def test_what_processes_share_may_change(tmp_path: Path, accelerator: Accelerato
     there = '{"parallel": {"sequence": 2, "expert": 4, "router": "row"}}'
     path = write(tmp_path, trained(), 1, accelerator, config=there)
     load(path, trained(), config='{"parallel": {"sequence": 1, "expert": 1, "router": "row"}}')
-    with pytest.raises(RuntimeError, match=r"parallel \{'router': 'row'\} -> \{'router': 'glo"):
+    with pytest.raises(RuntimeError, match=r"\(parallel\.router 'row' -> 'global'\)"):
         load(path, trained(), config='{"parallel": {"sequence": 2, "router": "global"}}')
 
 

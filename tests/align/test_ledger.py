@@ -89,8 +89,9 @@ def test_microbatches_and_processes_add_up_through_the_meter():
         sums = entries(**part, lengths=lengths, config=PolicyLossConfig(drop_ratio=1.2))
         meter.add(Loss(sum=torch.zeros(()), ledger=sums))
     resumed = Meter()
-    resumed.load_state_dict(meter.state_dict())
-    found = resumed.means(Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    resumed.load_state_dict(meter.state_dict(accelerator))
+    found = resumed.means(accelerator)
     assert found == pytest.approx(ledger(given), rel=1e-9)
 
 

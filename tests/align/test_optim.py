@@ -118,7 +118,7 @@ def test_resumed_bf16_weights_are_bit_identical(tmp_path: Path, weights: str) ->
     progress = checkpoint.Progress(step=3, course={}, state={})
     path = checkpoint.save(tmp_path, first, progress, config="{}", keep=1, accelerator=accelerator)
     advance(first, range(3, 6))
-    checkpoint.load(path, second, config="{}", accelerator=accelerator)
+    checkpoint.load(path, second, config="{}")
     for parameter in second.model.parameters():
         kept = {v.dtype for v in second.optimizer.state[parameter].values()}
         assert kept == {torch.float32}

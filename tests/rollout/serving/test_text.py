@@ -18,8 +18,13 @@ def test_pieces_join_to_the_text_before_the_first_stop_string(text: str, stops: 
     stream = TextStream(decode, stops)
     pieces = [stream.add(byte) for byte in text.encode()]
     joined = "".join(pieces) + stream.end()
-    ends = [text.find(stop) for stop in stops if stop in text]
-    assert joined == text[: min(ends, default=len(text))]
+    # as soon as one is complete, at the longest that is
+    heads = (text[: n + 1] for n in range(len(text)))
+    whole = next((head for head in heads if head.endswith(tuple(stops))), None)
+    if whole is None:
+        assert joined == text
+    else:
+        assert joined == whole[: -max(len(stop) for stop in stops if whole.endswith(stop))]
     assert not any(stop in joined for stop in stops)
 
 
