@@ -174,13 +174,14 @@ def open_engine(
     max_concurrent: int,
     max_tokens: int,
     autocast: torch.dtype | None = None,
+    own_bits: bool = True,
 ) -> NativeEngine:
     """An engine on the live weights, adapters on, with room for its slots at their longest.
 
     Args:
         max_concurrent: responses decoded at once.
         max_tokens: longest prompt and response together.
-        autocast: as in `NativeEngine`.
+        autocast, own_bits: as in `NativeEngine`.
     """
     return NativeEngine(
         model,
@@ -191,6 +192,7 @@ def open_engine(
         autocast=autocast,
         # a training step needs the memory
         keeps_cache=False,
+        own_bits=own_bits,
     )
 
 

@@ -77,7 +77,7 @@ class Rollout:
         """Prompts of whole groups in a row -> tokens, log-probabilities and scores."""
         size, per_step = self.config.group_size, self.config.prompts_per_step
         places = [int(number) for number in numbers[::size]]
-        steps = {step: self.course.prompts_of(step) for step in {p // per_step for p in places}}
+        steps = {step: self.course.turns.of(step) for step in {p // per_step for p in places}}
         prompts = [steps[place // per_step][place % per_step] for place in places]
         self.course.source.refresh(trainer.state.global_step)
         groups = answer(
@@ -194,7 +194,7 @@ def run_grpo(config: GrpoConfig, job: Job) -> Outcome:
     )
     tools = Tools(tokenizer, open_scorer(job, tokenizer))
     course = GrpoCourse(config, job, policy=model, reference=None, prompts=prompts, tools=tools)
-    _check_no_prompt_is_dropped(config, course.num_prompts, job.accelerator.num_processes)
+    _check_no_prompt_is_dropped(config, course.turns.num_prompts, job.accelerator.num_processes)
     longest = prompts.max_tokens + config.max_new_tokens
     arguments = _grpo_arguments(config, job, longest)
     rollout = Rollout(course, config)
@@ -208,7 +208,9 @@ def run_grpo(config: GrpoConfig, job: Job) -> Outcome:
             args=GRPOConfig(**_arguments(config, job) | arguments, max_steps=course.num_steps),
             reward_funcs=[hand_on],
             rollout_func=rollout.sample,
-            train_dataset=Table.from_dict({"prompt": [str(i) for i in range(course.num_prompts)]}),
+            train_dataset=Table.from_dict(
+                {"prompt": [str(i) for i in range(course.turns.num_prompts)]}
+            ),
             processing_class=tokenizer,
             peft_config=lora,
         ),

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.block import Block
 from model.config import HybridConfig
 from model.config_layouts import read_config, write_config
-from model.hybrid import Block
 from model.kernels.logprob.op import token_logprobs
 from model.layouts import (
     DERIVED,

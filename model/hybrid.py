@@ -1,4 +1,4 @@
-"""The architecture, top to bottom: Block, HybridModel, HybridForCausalLM.
+"""The architecture above its blocks: HybridModel, HybridForCausalLM.
 
 Inside, every layer sees packed tokens only ([T, ...], model/packed.py). The two classes that
 transformers, TRL and PEFT know take padded or packed calls and pass them through model/door.py.
@@ -7,7 +7,6 @@ transformers, TRL and PEFT know take padded or packed calls and pass them throug
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,21 +18,19 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils.generic import ModelOutput
 
 from model.attention import SoftmaxAttention
+from model.block import Block
 from model.cache import DecodeCache
-from model.checkpointing import Checkpointing, computed_again, kept_on_host
+from model.checkpointing import Checkpointing
 from model.config import HybridConfig
 from model.door import check_form, check_hints, open_door, own_labels
 from model.kernels.logprob.op import head_logits, token_logprobs
-from model.kernels.norm.op import join
 from model.lightning import LightningAttention
-from model.moe import Experts, MoE, Router, balance_loss, router_losses
-from model.norm import ResidualNorm, RMSNorm
+from model.moe import Experts, Router, balance_loss, router_losses
+from model.norm import RMSNorm
 from model.packed import Packed
 from model.rotary import rotary_angles
 from model.row import Row
 from model.step import DecodeStep, Step
-
-Angles = tuple[Tensor, Tensor]
 
 
 class Hidden(NamedTuple):
@@ -61,78 +58,6 @@ class PackedOutput(ModelOutput):
     hidden: Tensor | None = None
     aux_loss: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
-
-
-class Block(nn.Module):
-    """Attention of the layer's kind, then experts, joined by DeepNorm's alpha and beta.
-
-    PostNorm:  n = norm(x);  x = alpha * n + beta * branch(n)   (the residual carries the norm)
-    PreNorm:   x = alpha * x + beta * branch(norm(x))
-
-    Source: MiniMax-01 report, section 4.2; forward as in the released model code.
-    """
-
-    def __init__(self, config: HybridConfig, layer: int) -> None:
-        super().__init__()
-        lightning = config.layer_types[layer] == "linear_attention"
-        self.self_attn = (LightningAttention if lightning else SoftmaxAttention)(config, layer)
-        self.mlp = MoE(config)
-        attn_gain = (
-            (config.linear_attn_alpha_factor, config.linear_attn_beta_factor)
-            if lightning
-            else (config.full_attn_alpha_factor, config.full_attn_beta_factor)
-        )
-        size, eps, postnorm = config.hidden_size, config.rms_norm_eps, config.postnorm
-        self.input_layernorm = ResidualNorm(size, eps, postnorm=postnorm)
-        self.post_attention_layernorm = ResidualNorm(size, eps, postnorm=postnorm, gain=attn_gain)
-        self.mlp_gain = (config.mlp_alpha_factor, config.mlp_beta_factor)
-
-    def forward(
-        self,
-        x: Tensor,
-        packed: Packed,
-        angles: Angles,
-        cache: Step | None = None,
-        checkpointing: Checkpointing = "none",
-        *,
-        recorded: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """[T, C] -> [T, C] and router logits [T, E]; `recorded` as in `MoE.forward`."""
-        if checkpointing == "none":
-            return self.feed(*self.attend(x, packed, angles, cache), recorded)
-        if checkpointing == "selective":
-            halfway = computed_again(self.attend, x, packed, angles, keeps=True)
-            return computed_again(self.feed, *halfway, recorded, True)
-        with kept_on_host() if checkpointing == "host" else nullcontext():
-            return computed_again(self._both, x, packed, angles, recorded)
-
-    def _both(
-        self, x: Tensor, packed: Packed, angles: Angles, recorded: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return self.feed(*self.attend(x, packed, angles), recorded, True)
-
-    def attend(
-        self, x: Tensor, packed: Packed, angles: Angles, cache: Step | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The first half: [T, C] -> the residual and its norm, [T, C] each."""
-        residual, normed = self.input_layernorm(x)
-        if isinstance(self.self_attn, LightningAttention):
-            branch = self.self_attn(normed, packed, cache)
-        else:
-            branch = self.self_attn(normed, packed, angles, cache)
-        residual, normed = self.post_attention_layernorm(residual, branch)
-        return residual, normed
-
-    def feed(
-        self,
-        residual: Tensor,
-        normed: Tensor,
-        recorded: Tensor | None = None,
-        in_pieces: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """The second half: what `attend` gave -> [T, C] and router logits [T, E]."""
-        branch, router_logits = self.mlp(normed, recorded, in_pieces)
-        return join(residual, branch, self.mlp_gain), router_logits
 
 
 class HybridPreTrainedModel(PreTrainedModel):

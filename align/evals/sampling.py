@@ -84,7 +84,8 @@ def respond(folder: Path, rows: Sequence[PromptRow], *, config: SampledEval, see
     longest = max(len(request.prompt) for request in requests) + config.max_new_tokens
     together = min(config.max_concurrent, len(rows) * config.num_samples)
     together = min(together, max(MAX_CACHE_TOKENS // longest, 1))
-    engine = open_engine(model, max_concurrent=together, max_tokens=longest)
+    # all rows are asked at once, by one process: their company is always the same
+    engine = open_engine(model, max_concurrent=together, max_tokens=longest, own_bits=False)
     try:
         completions = engine.generate(requests)
     finally:

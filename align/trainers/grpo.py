@@ -12,12 +12,11 @@ experience that waits for its step is in the checkpoint.
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import torch
 from accelerate.utils import DistributedType, gather_object
@@ -38,23 +37,20 @@ from align.loop import TrainConfig
 from align.losses.policy import PolicyLossConfig, policy_count, policy_loss
 from align.losses.types import Loss
 from align.prompts import (
-    Prompt,
     Prompts,
     end_of_turn,
     judged,
     open_scorer,
     read_prompts,
     requests_of,
-    seed_of,
 )
 from align.sampler import Sampler, staleness
 from align.trainers.dpo import reference_of
 from align.trainers.lm import adapted, fit, open_start
+from align.turns import Turns
 from model import HybridForCausalLM
 from reward.types import Scorer
 from rollout.types import Request, Sampling
-
-T = TypeVar("T")
 
 
 class GrpoConfig(TrainConfig):
@@ -156,13 +152,21 @@ class GrpoCourse:
     ) -> None:
         self.config, self.job = config, job
         self.policy, self.reference = policy, reference
-        self.prompts, self.tools = prompts.items, tools
-        self.num_prompts = (
-            config.max_steps * config.prompts_per_step
-            if config.max_steps
-            else config.epochs * len(prompts.items)
+        self.tools = tools
+        self.turns = Turns(
+            prompts.items,
+            num_prompts=(
+                config.max_steps * config.prompts_per_step
+                if config.max_steps
+                else config.epochs * len(prompts.items)
+            ),
+            per_step=config.prompts_per_step,
+            steps_a_rollout=config.updates_per_rollout,
+            seed=job.seed,
+            shuffle=config.shuffle,
+            process=(job.accelerator.process_index, job.accelerator.num_processes),
         )
-        self.num_steps = -(-self.num_prompts // config.prompts_per_step)
+        self.num_steps = self.turns.num_steps
         self.source = open_source(
             config.rollout,
             job,
@@ -260,37 +264,19 @@ class GrpoCourse:
         if not ahead or self.job.accelerator.num_processes == 1:
             return ahead
         index, done = ahead
-        every = gather_object([self._by_prompt(done)])
-        by_step = self._in_order(index, every)
+        by_step = self.turns.in_order(index, gather_object([self._by_prompt(done)]))
         return [index, [one for of_step in by_step for group in of_step for one in group]]
 
     def _own_ahead(self, ahead: list[Any]) -> list[Any]:
         if not ahead:
             return ahead
-        accelerator = self.job.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
         index, done = ahead
-        groups = iter(self._by_prompt(done))
-        own: list[Sequence[Any]] = []
-        for step in self._covered(index):
-            own += list(islice(groups, len(self.prompts_of(step))))[rank::world]
+        own = self.turns.own_of(index, self._by_prompt(done))
         return [index, [one for group in own for one in group]]
 
-    def _by_prompt(self, done: Sequence[T]) -> list[Sequence[T]]:
+    def _by_prompt(self, done: Sequence[Any]) -> list[Sequence[Any]]:
         size = self.config.group_size
         return [done[first : first + size] for first in range(0, len(done), size)]
-
-    def _covered(self, index: int) -> range:
-        """Steps of the rollout that begins with step `index`."""
-        return range(index, min(index + self.config.updates_per_rollout, self.num_steps))
-
-    def _in_order(self, index: int, every: Sequence[Sequence[T]]) -> list[list[T]]:
-        """What each process has of its own prompts, by step in the prompts' own order."""
-        shares = [iter(share) for share in every]
-        return [
-            [next(shares[n % len(shares)]) for n in range(len(self.prompts_of(step)))]
-            for step in self._covered(index)
-        ]
 
     def _rollout(self, index: int) -> tuple[list[list[Example]], dict[str, float]]:
         """Experience of all processes for the steps from `index` on, in the prompts' order.
@@ -304,10 +290,10 @@ class GrpoCourse:
         if config.rollout.max_staleness and later < self.num_steps:
             self.sampler.begin(later, self._requests(later), version=index)
         groups = judged(
-            self._own(index), done, tokenizer=self.tools.tokenizer, scorer=self.tools.scorer
+            self.turns.own(index), done, tokenizer=self.tools.tokenizer, scorer=self.tools.scorer
         )
         every = gather_object([groups]) if accelerator.num_processes > 1 else [groups]
-        by_step = self._in_order(index, every)
+        by_step = self.turns.in_order(index, every)
         together = [group for of_step in by_step for group in of_step]
         found = advantages([group.scores for group in together], config.scale)
         values = iter(found.values)
@@ -319,17 +305,10 @@ class GrpoCourse:
             steps[1:] = [self._rescored(examples) for examples in steps[1:]]
         return steps, metrics
 
-    def _own(self, index: int) -> list[tuple[Prompt, int]]:
-        """This process's prompts of the rollout that begins with step `index`."""
-        accelerator = self.job.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
-        steps = self._covered(index)
-        return [prompt for step in steps for prompt in self.prompts_of(step)[rank::world]]
-
     def _requests(self, index: int) -> list[Request]:
         config = self.config
         return requests_of(
-            self._own(index),
+            self.turns.own(index),
             sampling=Sampling(
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
@@ -342,20 +321,6 @@ class GrpoCourse:
     def close(self) -> None:
         """Withdraws what is sampled ahead, and ends the engine."""
         self.sampler.close()
-
-    def prompts_of(self, step: int) -> list[tuple[Prompt, int]]:
-        """All processes' prompts of a step, each with its seed: a function of the step alone."""
-        size, number, seed = self.config.prompts_per_step, len(self.prompts), self.job.seed
-        places = range(step * size, min((step + 1) * size, self.num_prompts))
-        orders = {}
-        for epoch in {place // number for place in places}:
-            orders[epoch] = list(range(number))
-            if self.config.shuffle:
-                random.Random(f"{seed}/{epoch}").shuffle(orders[epoch])
-        return [
-            (self.prompts[orders[place // number][place % number]], seed_of(seed, place))
-            for place in places
-        ]
 
     @property
     def _row(self) -> tuple[int, int]:

@@ -70,6 +70,9 @@ class NativeEngine:
         graphs: whether decode steps are CUDA graphs; nothing on a CPU.
         experts: "int8" rounds a copy of their weights, anew whenever work begins after a pause.
         keeps_cache: whether the cache outlives `generate`; otherwise a trainer gets the memory.
+        own_bits: on a CPU, whether a request's numbers are its own to the last bit, whatever runs
+            beside it; otherwise prompts are prefilled together, faster where they are short, and
+            sums round as the company has it. CUDA never promises these bits.
 
     Raises:
         ValueError: if a limit is below 1, or prefix_tokens does not fit.
@@ -101,6 +104,7 @@ class NativeEngine:
         graphs: bool = True,
         experts: Literal["live", "int8"] = "live",
         keeps_cache: bool = True,
+        own_bits: bool = True,
     ) -> None:
         for name, value, least in (
             ("max_slots", max_slots, 1),
@@ -124,6 +128,7 @@ class NativeEngine:
         self.limits = Limits(max_slots, pages, page_tokens, prefill_tokens, chunk)
         self.autocast = autocast
         self.keeps_cache = keeps_cache
+        self.own_bits = own_bits
         self._text = decode
         self._rounds_experts = experts == "int8"
         self._uses_graphs = graphs and plain.device.type == "cuda"
@@ -327,6 +332,7 @@ class NativeEngine:
             cache,
             uses_graphs=self._uses_graphs,
             rounds_experts=self._rounds_experts,
+            own_bits=self.own_bits,
         )
 
     def _turn(self, runner: Runner) -> list[tuple[Sample, Token]]:

@@ -24,13 +24,14 @@ from rollout.native.sequence import Sample
 class Runner:
     """A model, its cache, and one slot that takes what rows beyond the samples write.
 
-    On a CPU every prompt goes alone and a decode batch has at least as many rows as make a row's
-    bits its own (`least_rows`), so that the numbers of a request depend on nothing else. On CUDA
-    prompts go together, and decode steps are graphs.
+    With bits of their own, on a CPU, every prompt goes alone and a decode batch has at least as
+    many rows as make a row's bits its own (`least_rows`), so that the numbers of a request depend
+    on nothing else. On CUDA prompts go together, and decode steps are graphs.
 
     Args:
         uses_graphs: whether decode steps are captured; only on CUDA.
         rounds_experts: whether the experts are int8.
+        own_bits: as in `NativeEngine`.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Runner:
         *,
         uses_graphs: bool,
         rounds_experts: bool,
+        own_bits: bool,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -50,6 +52,7 @@ class Runner:
         self._batches: dict[int, Batch] = {}
         self._loaded: Batch | None = None
         self._uses_graphs = uses_graphs
+        self._goes_alone = own_bits and model.device.type == "cpu"
         self._graphs = Graphs()
         self._captured_for: tuple[object, ...] = ()
         self.rounded = int8_experts(model) if rounds_experts else []
@@ -63,7 +66,7 @@ class Runner:
 
     def prefill(self, pieces: Sequence[Piece], prefixes: Prefixes, budget: int) -> None:
         """Fills each group's root and notes the logits after its last prompt token."""
-        for run in runs_of(pieces, 1 if self.device.type == "cpu" else budget):
+        for run in runs_of(pieces, 1 if self._goes_alone else budget):
             tokens = torch.cat([p.group.tokens[p.begin : p.end] for p in run])
             positions = torch.cat([torch.arange(p.begin, p.end) for p in run])
             lengths = tuple(p.end - p.begin for p in run)

@@ -81,15 +81,19 @@ def _paged(
     q: Tensor, pages: Tensor, table: Tensor, index: Tensor, lengths: Tensor, window: int | None
 ) -> Tensor:
     """Each sequence by a call of its own: a batched product's bits depend on the batch."""
-    keys, values = (store.flatten(0, 1) for store in pages)
     size = pages.shape[2]
-    out = []
-    for query, slot, length in zip(q, index.tolist(), lengths.tolist(), strict=True):
-        first = 0 if window is None else max(0, length - window)
-        place = torch.arange(first, length, device=q.device)
-        rows = table[slot].long().index_select(0, place // size) * size + place % size
+    counts = lengths if window is None else lengths.clamp(max=window)
+    ends = counts.cumsum(0)
+    of = torch.arange(len(q), device=q.device).repeat_interleave(counts)
+    place = torch.arange(len(of), device=q.device) - (ends - lengths)[of]
+    rows = table[index[of], place // size].long() * size + place % size
+    keys, values = (
+        store.flatten(0, 1).index_select(0, rows).to(q.dtype).split(counts.tolist())
+        for store in pages
+    )
+    out = torch.empty_like(q)
+    for n, (k, v) in enumerate(zip(keys, values, strict=True)):
         # [H, D] -> [H, 1, D]; [M, G, D] -> [G, M, D]
-        k, v = (x.index_select(0, rows).to(q.dtype).transpose(0, 1) for x in (keys, values))
-        attended = F.scaled_dot_product_attention(query[:, None], k, v, enable_gqa=True)
-        out.append(attended[:, 0])
-    return torch.stack(out)
+        given = q[n, :, None], k.transpose(0, 1), v.transpose(0, 1)
+        out[n] = F.scaled_dot_product_attention(*given, enable_gqa=True)[:, 0]
+    return out

@@ -184,13 +184,13 @@ def test_flat_groups_may_be_left_out_of_training(tmp_path: Path):
 def test_epochs_see_every_prompt_once_in_an_order_of_the_seed(tmp_path: Path):
     made = course(config(max_steps=0, epochs=2), small.job(tmp_path), small.model())
     assert made.num_steps == 5
-    seen = [(p.row.origin.place, seed) for i in range(5) for p, seed in made.prompts_of(i)]
+    seen = [(p.row.origin.place, seed) for i in range(5) for p, seed in made.turns.of(i)]
     places = [place for place, _ in seen]
     assert sorted(places[:5]) == sorted(places[5:]) == sorted({*places})
     assert places[:5] != places[5:]
     assert len({seed for _, seed in seen}) == 10
     kept = course(config(max_steps=0, shuffle=False), small.job(tmp_path), small.model())
-    order = [p.row.origin.place for i in range(3) for p, _ in kept.prompts_of(i)]
+    order = [p.row.origin.place for i in range(3) for p, _ in kept.turns.of(i)]
     assert order == [f"p.jsonl:{i}" for i in range(1, 6)]
 
 
