@@ -251,7 +251,10 @@ def judged(
     scorer: Scorer,
 ) -> list[Group]:
     """Groups of completions, as many of each prompt, in order, with their scores."""
-    num_samples = len(done) // max(1, len(prompts))
+    if not prompts:
+        # a process beyond the last prompt of a step
+        return []
+    num_samples = len(done) // len(prompts)
     texts = [response_text(completion, tokenizer) for completion in done]
     rows = [prompt.row for prompt, _ in prompts for _ in range(num_samples)]
     scores = judge(rows, texts, tokenizer=tokenizer, scorer=scorer)

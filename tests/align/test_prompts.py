@@ -10,7 +10,16 @@ import pytest
 
 from align.data.rows import Origin, PromptRow
 from align.data.sources import DataConfig
-from align.prompts import answer, end_of_turn, judge, malformed, open_engine, read_prompts, seed_of
+from align.prompts import (
+    answer,
+    end_of_turn,
+    judge,
+    judged,
+    malformed,
+    open_engine,
+    read_prompts,
+    seed_of,
+)
 from reward.scorer import InProcessScorer
 from reward.types import Item, Score
 from rollout.types import Sampling
@@ -158,3 +167,11 @@ def test_groups_hold_the_completions_and_scores_of_their_own_prompt(tmp_path: Pa
     alone = answer(engine, seeded[2:], **given)[0]
     assert [c.tokens for c in alone.completions] == [c.tokens for c in groups[2].completions]
     assert len({c.tokens for g in groups for c in g.completions}) > 3
+
+
+def test_a_process_without_prompts_has_no_groups():
+    class Nobody:
+        def score(self, items):
+            raise AssertionError("nothing is there to be judged")
+
+    assert judged([], [], tokenizer=small.tokenizer(), scorer=Nobody()) == []
