@@ -8,18 +8,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import httpx
-from pydantic import BaseModel, ValidationError
 
 from rollout.types import Completion, Request
 from rollout.wire import ErrorResponse
-
-FIRST_WAIT_S = 0.1
-CONNECT_S = 5.0
-
-Form = TypeVar("Form", bound=BaseModel)
+from serving.client import CONNECT_S, FIRST_WAIT_S, Form, read_form
 
 
 class GoneError(Exception):
@@ -67,6 +61,18 @@ class RemoteWorker:
             self.trouble = f"{self.url}: {type(error).__name__}: {error}"
             raise GoneError(self.trouble) from error
 
+    def read(self, form: type[Form], answer: httpx.Response) -> Form:
+        """Its answer in the form that it should have.
+
+        Raises:
+            RuntimeError: if it has another.
+        """
+        return read_form(form, answer, self.url, service="rollout worker")
+
+    def refusal(self, answer: httpx.Response) -> str:
+        """Why it refused."""
+        return self.read(ErrorResponse, answer).error.message
+
 
 class Call:
     """The requests of one `generate`: waiting, or done."""
@@ -104,23 +110,3 @@ class Call:
         with self.changed:
             self.error = self.error or error
             self.changed.notify_all()
-
-
-def refusal_of(answer: httpx.Response, url: str) -> str:
-    """Why a worker refused."""
-    return read_form(ErrorResponse, answer, url).error.message
-
-
-def read_form(form: type[Form], answer: httpx.Response, url: str) -> Form:
-    """An answer in the form that it should have.
-
-    Raises:
-        RuntimeError: if it has another.
-    """
-    try:
-        return form.model_validate_json(answer.content)
-    except ValidationError as error:
-        raise RuntimeError(
-            f"{url}: status {answer.status_code} with something that is no {form.__name__}; is it "
-            "a rollout worker of this release?"
-        ) from error

@@ -22,30 +22,14 @@ import httpx
 import torch
 from torch import Tensor
 
-from rollout.calls import (
-    CONNECT_S,
-    FIRST_WAIT_S,
-    BusyError,
-    Call,
-    GoneError,
-    Pushed,
-    RemoteWorker,
-    read_form,
-    refusal_of,
-)
+from rollout.calls import BusyError, Call, GoneError, Pushed, RemoteWorker
 from rollout.canary import ProofError, check_sums
 from rollout.sync import Stream
 from rollout.transport import read_push, write_weights
 from rollout.types import Completion, Request
-from rollout.wire import (
-    GenerateRequest,
-    GenerateResponse,
-    Health,
-    PushRequest,
-    WeightsTold,
-)
+from rollout.wire import GenerateRequest, GenerateResponse, Health, PushRequest, WeightsTold
+from serving.client import CONNECT_S, FIRST_WAIT_S, LONGEST_WAIT_S, connect
 
-LONGEST_WAIT_S = 5.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -99,12 +83,8 @@ class RemoteEngine:
         self._pushed: Pushed | None = None
         self._calls: set[Call] = set()
         self._is_closed = False
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=None)
         self._workers = [
-            RemoteWorker(
-                url, httpx.Client(base_url=url, headers=headers, limits=limits, transport=transport)
-            )
+            RemoteWorker(url, connect(url, api_key=api_key, transport=transport))
             for url in (url.rstrip("/") for url in urls)
         ]
         self.dtype = self._open()
@@ -239,7 +219,7 @@ class RemoteEngine:
             answer = worker.ask("GET", "/health", b"", CONNECT_S)
         except GoneError:
             return None
-        return read_form(Health, answer, worker.url)
+        return worker.read(Health, answer)
 
     def _generate(
         self, requests: Sequence[Request], workers: Sequence[RemoteWorker]
@@ -335,8 +315,8 @@ class RemoteEngine:
         body = asked.model_dump_json().encode()
         answer = worker.ask("POST", "/v1/weights", body, self._stall_s)
         if answer.status_code != 200:
-            raise ProofError(f"{worker.url}: {refusal_of(answer, worker.url)}")
-        told = read_form(WeightsTold, answer, worker.url)
+            raise ProofError(f"{worker.url}: {worker.refusal(answer)}")
+        told = worker.read(WeightsTold, answer)
         if told.version != pushed.version:
             raise ProofError(
                 f"{worker.url}: holds version {told.version}, pushed was {pushed.version}; its "
@@ -351,7 +331,7 @@ class RemoteEngine:
             answer = worker.ask("GET", "/v1/weights", b"", self._stall_s)
         except GoneError as error:
             raise RuntimeError(str(error)) from error
-        return self._pushed.expected, read_form(WeightsTold, answer, worker.url).checksums
+        return self._pushed.expected, worker.read(WeightsTold, answer).checksums
 
     def _samples(self, call: Call, index: int, worker: RemoteWorker) -> list[Completion]:
         request, key = call.requests[index], f"{call.key}-{index}"
@@ -361,12 +341,12 @@ class RemoteEngine:
         if answer.status_code == 429:
             raise BusyError
         if answer.status_code != 200:
-            told = refusal_of(answer, worker.url)
+            told = worker.refusal(answer)
             if answer.status_code == 400:
                 raise ValueError(f"{worker.url}: {told}")
             # stale, stopping or broken: it has to be brought back first
             raise GoneError(f"{worker.url}: {told}")
-        found = read_form(GenerateResponse, answer, worker.url)
+        found = worker.read(GenerateResponse, answer)
         done = [one.to_completion() for one in found.completions]
         got = [(one.request_id, one.sample, one.prompt) for one in done]
         wanted = [(request.request_id, n, request.prompt) for n in range(request.num_samples)]
