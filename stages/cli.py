@@ -228,7 +228,7 @@ def serve_reward(
 
         from reward.serving.batching import Limits
         from reward.verifiers.judge import open_judge
-        from stages.keys import key_of
+        from serving.keys import key_of
 
         judge = open_judge(
             judge_url, judge_model, key_of(judge_key_env, "--judge-key-env"), judge_cache
@@ -283,7 +283,7 @@ def serve_rollout(
     with guarded(traceback):
         import torch
 
-        from stages.keys import key_of
+        from serving.keys import key_of
 
         with extra("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client")):
             from stages.serving import Room

@@ -9,7 +9,7 @@ MAY_IMPORT = {
     "serving": {"serving"},
     "reward": {"model", "serving", "reward"},
     "rollout": {"model", "serving", "rollout"},
-    "align": {"model", "reward", "rollout", "align"},
+    "align": {"model", "serving", "reward", "rollout", "align"},
     "stages": {"model", "serving", "reward", "rollout", "align", "stages"},
 }
 
