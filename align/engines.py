@@ -7,7 +7,6 @@ step is made of it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -27,6 +26,7 @@ from rollout.client import RemoteEngine
 from rollout.native.engine import NativeEngine
 from rollout.sync import adapter_config, adapter_weights, checksums, parts, weights
 from rollout.types import Completion, Engine
+from serving.keys import key_of
 
 Policy = HybridForCausalLM | PeftModel
 
@@ -129,11 +129,7 @@ class WorkerSource:
                 "rollout.push = adapter, and the stage trains all weights; set lora, or push: "
                 "weights"
             )
-        key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
-        if config.api_key_env and not key:
-            raise ValueError(
-                f"rollout.api_key_env = {config.api_key_env}: no such variable, or it is empty"
-            )
+        key = key_of(config.api_key_env, "rollout.api_key_env")
         folder = Path(config.folder) if config.folder else job.folder / "weights"
         self.remote = RemoteEngine(
             config.workers, folder.absolute(), api_key=key, deadline_s=config.deadline_s

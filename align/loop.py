@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -23,10 +23,8 @@ from torch import nn
 
 from align import checkpoint
 from align.course import Course, Job
-from align.data.batch import Batch
 from align.lora import LoraConfig
-from align.losses.types import Loss
-from align.metrics import Meter, MetricsWriter, Tracker, read
+from align.metrics import Meter, MetricsWriter, Tracker
 from align.optim import OptimConfig, build_optimizer
 from align.peaks import peak_operations
 from align.throughput import trained_operations
@@ -370,29 +368,3 @@ def _progress(run: _Run, start: int) -> Iterator[Any]:
             progress.update(task, advance=1, told=told)
 
         yield advance
-
-
-def mean_loss(
-    course: Course, model: nn.Module, batches: Sequence[Batch], *, accelerator: Accelerator
-) -> dict[str, float]:
-    """Loss over given microbatches without gradients, aux left out, and the losses' own metrics.
-
-    Args:
-        batches: this process's share; sums are reduced over all processes.
-    """
-    was_training = model.training
-    model.eval()
-    meter = Meter()
-    losses: list[Loss] = []
-    with torch.no_grad():
-        for batch in batches:
-            losses.append(course.loss(model, batch.to(accelerator.device)))
-            meter.add(losses[-1])
-    model.train(was_training)
-    total = sum(read([loss.sum for loss in losses]))
-    count = sum(course.count(batch) for batch in batches)
-    sums = torch.tensor([total, count], dtype=torch.float64, device=accelerator.device)
-    total, count = (float(value) for value in accelerator.reduce(sums, reduction="sum"))
-    if count <= 0:
-        raise ValueError("mean_loss: no batch trains anything; pass at least one")
-    return {"loss": total / count} | meter.means(accelerator)

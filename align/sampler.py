@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from align.engines import Source
 from align.experience import Group
+from align.turns import Turns
 from rollout.types import Completion, Request
 
 
@@ -17,10 +20,14 @@ class Sampler:
 
     Args:
         source: used by this object alone.
+        turns: whose prompts this process samples.
+        group_size: samples of a prompt.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, turns: Turns, *, group_size: int) -> None:
         self._source = source
+        self._turns = turns
+        self._group_size = group_size
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
         self._ahead: tuple[int, Future[list[Completion]]] | None = None
 
@@ -48,12 +55,18 @@ class Sampler:
         self._ahead = (index, self._pool.submit(self._source.engine.generate, requests))
 
     def state_dict(self) -> list[Any]:
-        """What was begun ahead, waited for, as plain values: [] or [index, completions]."""
+        """What all processes began ahead, waited for, as plain values: [] or [index, completions].
+
+        In the prompts' own order, so that it fits any number of processes.
+        """
         if self._ahead is None:
             return []
         index, future = self._ahead
         done = [vars(one) | {"timings": None} for one in future.result()]
-        return [index, done]
+        groups = self._groups(done)
+        every = gather_object([groups]) if self._turns.process[1] > 1 else [groups]
+        by_step = self._turns.in_order(index, every)
+        return [index, [one for of_step in by_step for group in of_step for one in group]]
 
     def load_state_dict(self, state: Sequence[Any]) -> None:
         """Goes on where `state_dict` was taken."""
@@ -61,8 +74,13 @@ class Sampler:
         if state:
             index, done = state
             future: Future[list[Completion]] = Future()
-            future.set_result([Completion(**values) for values in done])
+            own = self._turns.own_of(index, self._groups(done))
+            future.set_result([Completion(**values) for group in own for values in group])
             self._ahead = (index, future)
+
+    def _groups(self, done: Sequence[Any]) -> list[Sequence[Any]]:
+        size = self._group_size
+        return [done[first : first + size] for first in range(0, len(done), size)]
 
     def close(self) -> None:
         """Withdraws what is under way and ends the engine."""

@@ -11,13 +11,13 @@ causal mask leaves: 2 n^2 D a head forward, 2.5 times that backward. Times are m
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks.kernels import DEVICE, median_ms, say
+from benchmarks.train_step import log_normal_lengths
 from model.kernels.attention import forms, pieces
 from model.kernels.attention.op import packed_attention
 from model.kernels.attention.padded import padded_attention
@@ -51,16 +51,6 @@ FORMS: dict[str, Attention] = {
     "flash": Flash.apply,
     "padded": padded_attention,
 }
-
-
-def log_normal(total: int) -> list[int]:
-    """Lengths of median 400 that sum to `total`."""
-    generator = torch.Generator().manual_seed(0)
-    lengths: list[int] = []
-    while sum(lengths) < total:
-        drawn = math.log(400) + float(torch.randn((), generator=generator))
-        lengths.append(min(max(int(math.exp(drawn)), 1), total - sum(lengths)))
-    return lengths
 
 
 def time_forms(lengths: Sequence[int], heads: int, kv_heads: int) -> None:
@@ -99,7 +89,7 @@ def main() -> None:
             if total * heads <= MAX_WORK:
                 say(f"one sequence, T={total} H={heads} G={kv_heads}")
                 time_forms([total], heads, kv_heads)
-            lengths = log_normal(total)
+            lengths = log_normal_lengths(total)
             say(f"{len(lengths)} log-normal lengths, T={total} H={heads} G={kv_heads}")
             time_forms(lengths, heads, kv_heads)
 

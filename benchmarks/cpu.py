@@ -1,14 +1,12 @@
 """CPU training step of a 4M-parameter model: ours against transformers' `minimax`.
 
-    python -m benchmarks.cpu [--steps 7] [--threads 2] [--keep-memory] [--profile bf16]
+    python -m benchmarks.cpu [--steps 7] [--threads 2] [--profile bf16]
 
 Both models hold the same weights and train on the same 16 documents of 512 tokens with the same
 AdamW on fp32 weights, forward + backward + step, router balance loss included: each in fp32, and in
 bf16 by autocast, as `precision: bf16` of a stage does. All take turns in one process, so that
 whatever else the machine does hits all alike; reported are medians. The ratio for a precision of
-ours is to the faster of both precisions of transformers. With
---keep-memory both run as the command `align` runs on a CPU, freed memory kept in the process;
-without it, as the C library comes.
+ours is to the faster of both precisions of transformers.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from model import HybridConfig, HybridForCausalLM, Packed
 from model.config import count_parameters
-from stages.heap import keep_freed_memory
 
 SEQUENCES, TOKENS = 16, 512
 SHAPE = {
@@ -135,12 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each model")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
-    parser.add_argument("--keep-memory", action="store_true", help="as `align` on a CPU; for both")
     parser.add_argument("--profile", choices=list(TOLERANCE), help="print where ours spends time")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.keep_memory and not keep_freed_memory():
-        parser.error("--keep-memory: this C library has no mallopt; leave it out")
     console = Console(width=120)
     tokens = torch.randint(0, SHAPE["vocab_size"], (SEQUENCES, TOKENS))
     steps, parameters = make_steps(tokens)
@@ -157,8 +151,7 @@ def main() -> None:
         check_losses(losses)
     console.print(
         f"{parameters / 1e6:.2f}M parameters, {SEQUENCES} x {TOKENS} tokens, {options.threads} "
-        f"threads, freed memory {'kept' if options.keep_memory else 'returned'}, "
-        f"torch {torch.__version__}, medians of {options.steps} steps"
+        f"threads, torch {torch.__version__}, medians of {options.steps} steps"
     )
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, median in medians.items():

@@ -7,11 +7,10 @@ and each of them defaults to what transformers computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.models.minimax.configuration_minimax import MiniMaxConfig
 
-LayerKind = Literal["linear_attention", "full_attention", "sliding_attention"]
 LAYER_KINDS = ("linear_attention", "full_attention", "sliding_attention")
 
 

@@ -93,7 +93,7 @@ def check_form(
     *,
     padded: Sequence[Tensor | None],
     only_padded: Sequence[object | None],
-    only_packed: bool,
+    only_packed: Sequence[bool],
 ) -> None:
     """Refuses a call that mixes the packed and the padded form.
 
@@ -107,7 +107,7 @@ def check_form(
             "attention_mask, position_ids, past_key_values, labels and cu_seq_lens_q belong to the "
             "padded form; a packed call takes packed and targets"
         )
-    if packed is None and only_packed:
+    if packed is None and any(only_packed):
         raise ValueError(
             "targets, temperature and with_entropy belong to packed calls; give labels instead, "
             "or packed=Packed.from_sequences(...)"

@@ -311,47 +311,44 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             packed,
             padded=(input_ids, inputs_embeds),
             only_padded=(attention_mask, position_ids, past_key_values, labels, cu_seq_lens_q),
-            only_packed=targets is not None
-            or temperature != 1.0
-            or with_entropy
-            or experts is not None,
+            only_packed=(targets is not None, experts is not None, temperature != 1, with_entropy),
         )
         if packed is not None:
             return self._forward_packed(packed, targets, temperature, with_entropy, experts)
-        wanted = output_router_logits
-        wanted = self.config.output_router_logits if wanted is None else wanted
         out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_router_logits=wanted,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q,
-            max_length_k=max_length_k,
-            seq_idx=seq_idx,
-        )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.logits(out.last_hidden_state[:, keep, :])
-        loss = aux_loss = None
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+            use_cache=use_cache, output_router_logits=output_router_logits,
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states,
+            return_dict=return_dict, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q, max_length_k=max_length_k, seq_idx=seq_idx,
+        )  # fmt: skip
         if labels is not None:
             labels = own_labels(labels, attention_mask, position_ids, cu_seq_lens_q)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return self._padded_output(out, keep, labels, num_items_in_batch, real=attention_mask)
+
+    def _padded_output(
+        self,
+        out: MoeModelOutputWithPast,
+        keep: slice | Tensor,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+        *,
+        real: Tensor | None,
+    ) -> MoeCausalLMOutputWithPast:
+        hidden: Tensor = out.last_hidden_state  # type: ignore[assignment]
+        logits = self.logits(hidden[:, keep, :])
+        loss = aux_loss = None
+        if labels is not None:
             loss = self.loss_function(
                 logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch
             )
-        if wanted:
-            length = out.last_hidden_state.shape[1]
-            real = attention_mask
-            rows = slice(None) if real is None else real[:, -length:].flatten().bool()
-            router_logits = [layer[rows] for layer in out.router_logits]
+        if out.router_logits is not None:
+            rows = slice(None) if real is None else real[:, -hidden.shape[1] :].flatten().bool()
             aux_loss = balance_loss(
-                router_logits, self.config.num_experts_per_tok, self.config.router_aux_scaling
+                [layer[rows] for layer in out.router_logits],
+                self.config.num_experts_per_tok,
+                self.config.router_aux_scaling,
             )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss

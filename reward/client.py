@@ -13,20 +13,17 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from reward.types import Item, Message, Score, Scorer
 from reward.wire import ErrorDetail, ErrorResponse, Health, ScoreItem, ScoreRequest, ScoreResponse
+from serving.client import CONNECT_S, FIRST_WAIT_S, LONGEST_WAIT_S, connect, read_form
 
 AGAIN = (429, 502, 503, 504)
-FIRST_WAIT_S = 0.1
-LONGEST_WAIT_S = 5.0
-CONNECT_S = 5.0
-
-Form = TypeVar("Form", bound=BaseModel)
+SERVICE = "scoring service"
 
 
 class HttpScorer:
@@ -67,14 +64,9 @@ class HttpScorer:
         self._batch_items = batch_items
         self._num_connections = num_connections
         self._deadline_s = deadline_s
-        self._client = httpx.Client(
-            base_url=self.url,
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            limits=httpx.Limits(max_connections=None),
-            transport=transport,
-        )
+        self._client = connect(self.url, api_key=api_key, transport=transport)
         told = self._ask("GET", "/health", b"", time.monotonic() + deadline_s)
-        self.version = _read(Health, told, self.url).judge.version
+        self.version = read_form(Health, told, self.url, service=SERVICE).judge.version
 
     def score(self, items: Sequence[Item]) -> list[Score]:
         """One score an item, in order.
@@ -115,11 +107,11 @@ class HttpScorer:
                 *self._batch(items[half:], start + half, until),
             ]
         if answer.status_code != 200:
-            refused = _read(ErrorResponse, answer, self.url).error
+            refused = read_form(ErrorResponse, answer, self.url, service=SERVICE).error
             if answer.status_code >= 500:
                 raise RuntimeError(f"{self.url}: {refused.message} ({refused.code})")
             return self._without_long(items, start, until, refused)
-        found = _read(ScoreResponse, answer, self.url)
+        found = read_form(ScoreResponse, answer, self.url, service=SERVICE)
         if (found.id, len(found.scores)) != (request.id, len(items)):
             raise RuntimeError(
                 f"{self.url}: {len(found.scores)} scores under id {found.id!r} for {len(items)} "
@@ -247,13 +239,3 @@ def _outgoing(item: Item, place: int) -> ScoreItem:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"item {place}: {where}: {first['msg']}") from error
-
-
-def _read(form: type[Form], answer: httpx.Response, url: str) -> Form:
-    try:
-        return form.model_validate_json(answer.content)
-    except ValidationError as error:
-        raise RuntimeError(
-            f"{url}: status {answer.status_code} with something that is no {form.__name__}; is it "
-            "a scoring service of this release?"
-        ) from error

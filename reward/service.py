@@ -7,18 +7,17 @@
 
 A request is answered as a whole: every item has its score, or the request is refused and says
 which items are at fault. Over-long input is refused, never truncated; a judge that failed gives
-`valid: false`, never 0. The rooms behind it: `reward.serving.door` refuses, `.judging` asks,
-`.batching` packs and scores; `reward.wire` is the form of it all.
+`valid: false`, never 0. The rooms behind it: `serving.door` refuses, `reward.serving.judging`
+asks, `.batching` packs and scores; `reward.wire` is the form of it all.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import math
 import socket
 import uuid
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import FrameType
 from typing import Any
@@ -27,21 +26,24 @@ import uvicorn
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
-from starlette.exceptions import HTTPException
 
-from reward.serving.door import Door, error_body
 from reward.serving.judging import RefusedError, Service
 from reward.wire import (
     ErrorCode,
+    ErrorDetail,
     ErrorResponse,
     Health,
+    ItemError,
     RewardRequest,
     RewardResponse,
     ScoreRequest,
     ScoreResponse,
 )
+from serving.answers import Answers
+from serving.door import JSON, Door, add_refusals
+from serving.server import config_of
 
-JSON = "application/json"
+SCORING = ("/v1/score", "/get_reward")
 KEPT_BYTES = 64 << 20
 SHOWN_ERRORS = 5
 REFUSALS = {
@@ -53,44 +55,27 @@ REFUSALS = {
     429: "the queue is full; Retry-After says for how long",
     503: "the service is stopping",
 }
-CODES: dict[int, ErrorCode] = {404: "not_found", 405: "method_not_allowed"}
+CODES: dict[int, ErrorCode] = {
+    401: "unauthorized",
+    404: "not_found",
+    405: "method_not_allowed",
+    409: "reused_id",
+    413: "too_large",
+    500: "internal",
+    503: "draining",
+}
 
 
-class _Answers:
-    """The latest answers by request id, so that a repeated request gets the same one again."""
+def error_body(code: ErrorCode, message: str, items: tuple[ItemError, ...] = ()) -> bytes:
+    """The one form of every refusal."""
+    # A message may quote a key of the body that is no text.
+    shown = message.encode("utf-8", "replace").decode()
+    detail = ErrorDetail(code=code, message=shown, items=items)
+    return ErrorResponse(error=detail).model_dump_json().encode()
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._kept: OrderedDict[str, tuple[bytes, asyncio.Task[bytes]]] = OrderedDict()
 
-    async def once(
-        self, request_id: str, body: bytes, make: Callable[[], Awaitable[bytes]]
-    ) -> bytes:
-        digest = hashlib.sha256(body).digest()
-        if request_id not in self._kept:
-            # A task of its own: the answer is made even if its first asker hangs up.
-            task = asyncio.ensure_future(make())
-            self._kept[request_id] = (digest, task)
-            task.add_done_callback(lambda done: self._note(request_id, done))
-        kept, task = self._kept[request_id]
-        if kept != digest:
-            raise RefusedError(
-                409, "reused_id", f"id {request_id!r} was another request's; choose a new one"
-            )
-        return await asyncio.shield(task)
-
-    def _note(self, request_id: str, done: asyncio.Task[bytes]) -> None:
-        if done.cancelled() or done.exception() is not None:
-            # Refused, not answered: the next try is judged anew.
-            del self._kept[request_id]
-            return
-        self._bytes += len(done.result())
-        while self._bytes > self._max_bytes:
-            oldest = next((name for name, (_, task) in self._kept.items() if task.done()), None)
-            if oldest is None:
-                return
-            self._bytes -= len(self._kept.pop(oldest)[1].result())
+def _refusal(status: int, message: str) -> bytes:
+    return error_body(CODES.get(status, "malformed"), message)
 
 
 def create_app(service: Service) -> Door:
@@ -117,16 +102,19 @@ def create_app(service: Service) -> Door:
         app,
         api_key=service.settings.api_key,
         max_body_bytes=service.settings.max_body_bytes,
+        paths=SCORING,
+        refusal=_refusal,
         metrics=service.metrics,
     )
     _add_scoring(app, service)
     _add_watching(app, service, door)
     _add_handlers(app)
+    add_refusals(app, _refusal)
     return door
 
 
 def _add_scoring(app: FastAPI, service: Service) -> None:
-    answers = _Answers(KEPT_BYTES)
+    answers = Answers(KEPT_BYTES, linger_s=math.inf)
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse, "description": text} for status, text in REFUSALS.items()
     }
@@ -191,16 +179,6 @@ def _add_handlers(app: FastAPI) -> None:
         more = f"; {len(found) - SHOWN_ERRORS} more" if len(found) > SHOWN_ERRORS else ""
         return Response(error_body("malformed", "; ".join(lines) + more), 422, media_type=JSON)
 
-    @app.exception_handler(HTTPException)
-    async def refused_by_framework(request: Request, error: HTTPException) -> Response:
-        body = error_body(CODES.get(error.status_code, "malformed"), str(error.detail))
-        return Response(body, error.status_code, error.headers, media_type=JSON)
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:
-        body = error_body("internal", f"{type(error).__name__}; the service's log says more")
-        return Response(body, 500, media_type=JSON)
-
 
 class Server(uvicorn.Server):
     """Stops in good order: the first signal closes the door and lets what is inside be answered.
@@ -210,7 +188,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, door: Door) -> None:
-        super().__init__(uvicorn.Config(door, lifespan="on", log_level="warning", access_log=False))
+        super().__init__(config_of(door))
         self._door = door
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -226,18 +204,3 @@ class Server(uvicorn.Server):
             leave(sig, frame)
             return
         self._loop.call_soon_threadsafe(self._door.close, lambda: leave(sig, frame))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that clients can connect to.
-
-    Args:
-        port: 0 takes a free one.
-
-    Raises: OSError if the address is taken or not this machine's.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error

@@ -22,30 +22,14 @@ import httpx
 import torch
 from torch import Tensor
 
-from rollout.calls import (
-    CONNECT_S,
-    FIRST_WAIT_S,
-    BusyError,
-    Call,
-    GoneError,
-    Pushed,
-    RemoteWorker,
-    read_form,
-    refusal_of,
-)
-from rollout.canary import ProofError, check_sums
+from rollout.calls import Call
+from rollout.canary import ProofError
+from rollout.remote import BusyError, GoneError, Pushed, RemoteWorker
 from rollout.sync import Stream
 from rollout.transport import read_push, write_weights
 from rollout.types import Completion, Request
-from rollout.wire import (
-    GenerateRequest,
-    GenerateResponse,
-    Health,
-    PushRequest,
-    WeightsTold,
-)
+from serving.client import FIRST_WAIT_S, LONGEST_WAIT_S, connect
 
-LONGEST_WAIT_S = 5.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -95,16 +79,11 @@ class RemoteEngine:
         self._folder = folder
         self._num_connections = num_connections
         self._deadline_s = deadline_s
-        self._stall_s = stall_s
         self._pushed: Pushed | None = None
         self._calls: set[Call] = set()
         self._is_closed = False
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=None)
         self._workers = [
-            RemoteWorker(
-                url, httpx.Client(base_url=url, headers=headers, limits=limits, transport=transport)
-            )
+            RemoteWorker(url, connect(url, api_key=api_key, transport=transport), stall_s)
             for url in (url.rstrip("/") for url in urls)
         ]
         self.dtype = self._open()
@@ -215,7 +194,7 @@ class RemoteEngine:
             for worker in self._workers:
                 for index in range(len(call.requests)):
                     if index not in call.done:
-                        self._withdraw(worker, f"{call.key}-{index}")
+                        worker.withdraw(f"{call.key}-{index}")
         for worker in self._workers:
             worker.http.close()
 
@@ -223,7 +202,8 @@ class RemoteEngine:
         """Type of the workers' weights, once one of them answers."""
         until = time.monotonic() + self._deadline_s
         while True:
-            found = {health.dtype for health in map(self._health, self._workers) if health}
+            told = [worker.health() for worker in self._workers]
+            found = {health.dtype for health in told if health}
             if len(found) > 1 or not found <= {*DTYPES}:
                 raise RuntimeError(
                     f"workers hold weights in {sorted(found)}, expected one of {[*DTYPES]} for all"
@@ -233,13 +213,6 @@ class RemoteEngine:
             if time.monotonic() > until:
                 raise self._nobody()
             time.sleep(FIRST_WAIT_S)
-
-    def _health(self, worker: RemoteWorker) -> Health | None:
-        try:
-            answer = worker.ask("GET", "/health", b"", CONNECT_S)
-        except GoneError:
-            return None
-        return read_form(Health, answer, worker.url)
 
     def _generate(
         self, requests: Sequence[Request], workers: Sequence[RemoteWorker]
@@ -288,7 +261,10 @@ class RemoteEngine:
             if index is None:
                 return
             try:
-                call.put(index, self._samples(call, index, worker))
+                key = f"{call.key}-{index}"
+                version = self.policy_version
+                done = worker.samples(call.requests[index], key=key, policy_version=version)
+                call.put(index, done)
             except GoneError as error:
                 worker.is_ready, worker.trouble = False, str(error)
                 call.give_back(index)
@@ -318,72 +294,25 @@ class RemoteEngine:
         pushed = self._pushed
         try:
             if pushed is None:
-                health = self._health(worker)
+                health = worker.health()
                 if health is None or health.policy_version != self.policy_version:
                     told = "no answer" if health is None else f"version {health.policy_version}"
                     raise GoneError(f"{worker.url}: {told}, expected {self.policy_version}")
             else:
-                self._push(worker, pushed)
+                worker.push(pushed)
         except (GoneError, ProofError) as error:
             worker.trouble = str(error)
             return error
         worker.is_ready, worker.wait_s = True, FIRST_WAIT_S
         return None
 
-    def _push(self, worker: RemoteWorker, pushed: Pushed) -> None:
-        asked = PushRequest(path=str(pushed.path), version=pushed.version)
-        body = asked.model_dump_json().encode()
-        answer = worker.ask("POST", "/v1/weights", body, self._stall_s)
-        if answer.status_code != 200:
-            raise ProofError(f"{worker.url}: {refusal_of(answer, worker.url)}")
-        told = read_form(WeightsTold, answer, worker.url)
-        if told.version != pushed.version:
-            raise ProofError(
-                f"{worker.url}: holds version {told.version}, pushed was {pushed.version}; its "
-                "weights are stale"
-            )
-        check_sums(pushed.expected, told.checksums, version=pushed.version, where=worker.url)
-
     def _sums(self, worker: RemoteWorker) -> tuple[Mapping[str, str], Mapping[str, str]]:
         if self._pushed is None:
             raise RuntimeError(f"{worker.url}: nothing was pushed from here; ask who pushed")
         try:
-            answer = worker.ask("GET", "/v1/weights", b"", self._stall_s)
+            return self._pushed.expected, worker.checksums()
         except GoneError as error:
             raise RuntimeError(str(error)) from error
-        return self._pushed.expected, read_form(WeightsTold, answer, worker.url).checksums
-
-    def _samples(self, call: Call, index: int, worker: RemoteWorker) -> list[Completion]:
-        request, key = call.requests[index], f"{call.key}-{index}"
-        asked = GenerateRequest.of(request, key=key, policy_version=self.policy_version)
-        body = asked.model_dump_json().encode()
-        answer = worker.ask("POST", "/v1/generate", body, self._stall_s)
-        if answer.status_code == 429:
-            raise BusyError
-        if answer.status_code != 200:
-            told = refusal_of(answer, worker.url)
-            if answer.status_code == 400:
-                raise ValueError(f"{worker.url}: {told}")
-            # stale, stopping or broken: it has to be brought back first
-            raise GoneError(f"{worker.url}: {told}")
-        found = read_form(GenerateResponse, answer, worker.url)
-        done = [one.to_completion() for one in found.completions]
-        got = [(one.request_id, one.sample, one.prompt) for one in done]
-        wanted = [(request.request_id, n, request.prompt) for n in range(request.num_samples)]
-        if found.id != key or got != wanted:
-            raise RuntimeError(
-                f"{worker.url}: {len(done)} samples under id {found.id!r}, expected "
-                f"{request.num_samples} of {request.request_id!r} under {key!r}; something on the "
-                "way mixes answers"
-            )
-        return done
-
-    def _withdraw(self, worker: RemoteWorker, key: str) -> None:
-        try:
-            worker.ask("DELETE", f"/v1/generate/{key}", b"", CONNECT_S)
-        except GoneError:
-            # nothing runs on a worker that is gone
-            return
 
     def _nobody(self) -> RuntimeError:
         told = "; ".join(worker.trouble for worker in self._workers)

@@ -11,14 +11,13 @@
     POST /v1/weights           new weights or a new adapter, proven before they are used
 
 A request is answered as it was asked or refused in one line; an asker who leaves gives back his
-slots. The rooms behind it: `rollout.serving.door` refuses, `.driver` owns the engine, `.worker`
-asks it, `.openai` shapes answers; `rollout.wire` is the form of it all.
+slots. The rooms behind it: `serving.door` refuses, `rollout.serving.driver` owns the engine,
+`.worker` asks it, `.openai` shapes answers; `rollout.wire` is the form of it all.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -28,17 +27,36 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
-from starlette.exceptions import HTTPException
 
-from rollout.serving.answers import Answers, ReusedIdError, WithdrawnError
-from rollout.serving.door import Door, error_body
 from rollout.serving.openai import Answer
 from rollout.serving.worker import RefusedError, Worker
-from rollout.wire import ChatRequest, CompletionRequest, GenerateRequest, Health, PushRequest
+from rollout.wire import (
+    ChatRequest,
+    CompletionRequest,
+    ErrorDetail,
+    ErrorResponse,
+    GenerateRequest,
+    Health,
+    PushRequest,
+)
+from serving.answers import Answers, WithdrawnError
+from serving.door import GONE, JSON, Door, add_refusals
+from serving.server import config_of
 
-JSON = "application/json"
+PATHS = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/generate"),
+    *("/v1/models", "/v1/weights"),
+)
 SHOWN_ERRORS = 3
-GONE = 499
+LINGER_S = 10.0
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+CODES = {
+    401: "invalid_api_key",
+    404: "not_found",
+    409: "reused_id",
+    413: "too_large",
+    500: "internal",
+}
 
 Result = TypeVar("Result")
 
@@ -85,11 +103,14 @@ def create_app(worker: Worker) -> Door:
     _add_trainers(app, worker)
     _add_watching(app, worker)
     _add_handlers(app)
+    add_refusals(app, error_body)
     settings = worker.settings
     return Door(
         app,
         api_key=settings.api_key,
         max_body_bytes=settings.max_body_bytes,
+        paths=PATHS,
+        refusal=error_body,
         metrics=worker.metrics,
     )
 
@@ -146,7 +167,7 @@ async def _to_the_end(events: AsyncGenerator[bytes, None]) -> AsyncIterator[byte
 
 
 def _add_trainers(app: FastAPI, worker: Worker) -> None:
-    answers = Answers(worker.settings.kept_bytes)
+    answers = Answers(worker.settings.kept_bytes, linger_s=LINGER_S)
 
     @app.post("/v1/generate")
     async def generate(request: Request, asked: GenerateRequest) -> Response:
@@ -158,8 +179,6 @@ def _add_trainers(app: FastAPI, worker: Worker) -> None:
         body = await request.body()
         try:
             made = await _while_asked(request, answers.once(asked.id, body, make))
-        except ReusedIdError as error:
-            raise RefusedError(409, "reused_id", str(error)) from error
         except WithdrawnError as error:
             raise RefusedError(409, "withdrawn", str(error)) from error
         return Response(made, media_type=JSON)
@@ -196,10 +215,18 @@ def _add_watching(app: FastAPI, worker: Worker) -> None:
         return Response(worker.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
+def error_body(status: int, message: str, *, code: str = "", param: str | None = None) -> bytes:
+    """The one form of every refusal, which is OpenAI's."""
+    # a message may quote a key of the body that is no text
+    shown = message.encode("utf-8", "replace").decode()
+    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    code = code or CODES.get(status, "bad_request")
+    detail = ErrorDetail(message=shown, type=kind, code=code, param=param)
+    return ErrorResponse(error=detail).model_dump_json().encode()
+
+
 def _refusal(error: RefusedError) -> bytes:
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    kind = "rate_limit_error" if error.status == 429 else kind
-    return error_body(str(error), kind=kind, code=error.code, param=error.param)
+    return error_body(error.status, str(error), code=error.code, param=error.param)
 
 
 def _add_handlers(app: FastAPI) -> None:
@@ -222,39 +249,10 @@ def _add_handlers(app: FastAPI) -> None:
             told = zip(places[:SHOWN_ERRORS], found[:SHOWN_ERRORS], strict=True)
             text = "; ".join(f"{place}: {one['msg']}" for place, one in told)
             param = places[0].split(".")[0]
-        body = error_body(text, kind="invalid_request_error", code="bad_request", param=param)
+        body = error_body(400, text, param=param)
         return Response(body, 400, media_type=JSON)
-
-    @app.exception_handler(HTTPException)
-    async def by_framework(request: Request, error: HTTPException) -> Response:
-        code = "not_found" if error.status_code == 404 else "bad_request"
-        body = error_body(str(error.detail), kind="invalid_request_error", code=code)
-        return Response(body, error.status_code, error.headers, media_type=JSON)
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:
-        text = f"{type(error).__name__}; the worker's log says more"
-        return Response(
-            error_body(text, kind="server_error", code="internal"), 500, media_type=JSON
-        )
 
 
 def make_server(door: Door) -> uvicorn.Server:
     """A server that, told to stop, answers what is inside and takes nothing more."""
-    config = uvicorn.Config(door, lifespan="on", log_level="warning", access_log=False)
-    return uvicorn.Server(config)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that clients can connect to.
-
-    Args:
-        port: 0 takes a free one.
-
-    Raises: OSError if the address is taken or not this machine's.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    return uvicorn.Server(config_of(door))

@@ -99,11 +99,6 @@ class Timings:
     prefill_s: float
     decode_s: float
 
-    @property
-    def first_token_s(self) -> float:
-        """From the request's arrival to the sample's first token."""
-        return self.queued_s + self.prefill_s
-
 
 @dataclass(frozen=True)
 class Completion:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+
+from stages.console import Folder, Json, RecipeFile, Sets, Traceback, extra, guarded, show
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 for _switch in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
     os.environ.setdefault(_switch, "1")
 
-USER_ERROR, WORLD_ERROR = 2, 1
-
 app = typer.Typer(
     name="align",
     help="Post-training of hybrid language models: one file climbs from SFT to online RL.",
@@ -35,15 +33,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-RecipeFile = Annotated[Path, typer.Argument(help="Recipe, a YAML file.", show_default=False)]
-Folder = Annotated[Path, typer.Argument(help="Artifact or checkpoint folder.", show_default=False)]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="key=value over the file, such as sft-short.optim.lr=2e-6."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
 
 
 @app.command()
@@ -57,7 +46,7 @@ def run(
     traceback: Traceback = False,
 ) -> None:
     """Climbs a recipe: finished stages are skipped, half-done ones resume."""
-    with _guarded(traceback):
+    with guarded(traceback):
         from align.evals import run_eval
         from model.parallel.mesh import launched_processes
         from stages.checks import cross_check
@@ -88,7 +77,7 @@ def run(
             # A process that leaves without it can abort the others on their way out.
             accelerator.end_training()
         if accelerator.is_main_process:
-            _show(report.resolved() if as_json else eval_table(report.rows))
+            show(report.resolved() if as_json else eval_table(report.rows))
 
 
 @app.command()
@@ -105,13 +94,13 @@ def check(
     traceback: Traceback = False,
 ) -> None:
     """Reads and cross-checks a recipe and prints what it will do; trains nothing."""
-    with _guarded(traceback):
+    with guarded(traceback):
         from stages.checks import cross_check
         from stages.plan import plan, plan_text
 
         loaded = _load(recipe, sets)
         cross_check(loaded, Path.cwd(), with_files=files, num_processes=processes)
-        _show(plan(loaded) if as_json else plan_text(loaded))
+        show(plan(loaded) if as_json else plan_text(loaded))
 
 
 @app.command("eval")
@@ -127,7 +116,7 @@ def evaluate(
     traceback: Traceback = False,
 ) -> None:
     """Runs a recipe's evals on one policy or reward artifact."""
-    with _guarded(traceback):
+    with guarded(traceback):
         from align.evals import run_eval
         from stages.commands import chosen_evals, result_table
 
@@ -145,7 +134,7 @@ def evaluate(
             for config in chosen_evals(loaded, only or [])
         ]
         as_values = [json.loads(result.to_json()) for result in results]
-        _show(as_values if as_json else result_table(results))
+        show(as_values if as_json else result_table(results))
 
 
 @app.command()
@@ -163,7 +152,7 @@ def generate(
     traceback: Traceback = False,
 ) -> None:
     """Answers a prompt with the policy of an artifact."""
-    with _guarded(traceback):
+    with guarded(traceback):
         from rollout.types import Sampling
         from stages.commands import answer
 
@@ -173,7 +162,7 @@ def generate(
         text = sys.stdin.read() if prompt == "-" else prompt
         answers = answer(policy, text, system=system, sampling=sampling, num_samples=num_samples)
         if as_json:
-            _show(answers)
+            show(answers)
         for found in [] if as_json else answers:
             typer.echo(found["text"])
 
@@ -185,7 +174,7 @@ def score(
     traceback: Traceback = False,
 ) -> None:
     """Scores responses with a reward artifact; one JSON line per item, down to the signals."""
-    with _guarded(traceback):
+    with guarded(traceback):
         from stages.commands import scores
 
         for line in scores(reward, items):
@@ -195,14 +184,12 @@ def score(
 @app.command()
 def question(reward: Folder, as_json: Json = False, traceback: Traceback = False) -> None:
     """Shows what a reward artifact answered: reliability by slice, biases, agreement with rules."""
-    with _guarded(traceback):
-        from rich.console import Console
-
+    with guarded(traceback):
         from stages.question import question_tables, read_questions
 
         told = read_questions(reward)
         if as_json:
-            _show(told)
+            show(told)
             return
         for table in question_tables(told):
             Console().print(table)
@@ -236,17 +223,17 @@ def serve_reward(
     traceback: Traceback = False,
 ) -> None:
     """Serves a reward artifact over HTTP: /v1/score, OpenRLHF's /get_reward, /metrics, /docs."""
-    with _guarded(traceback):
+    with guarded(traceback):
         import torch
 
         from reward.serving.batching import Limits
         from reward.verifiers.judge import open_judge
-        from stages.keys import key_of
+        from serving.keys import key_of
 
         judge = open_judge(
             judge_url, judge_model, key_of(judge_key_env, "--judge-key-env"), judge_cache
         )
-        with _extra("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client")):
+        with extra("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client")):
             from stages.serving import serve_reward as serve
 
         serve(
@@ -293,12 +280,12 @@ def serve_rollout(
     traceback: Traceback = False,
 ) -> None:
     """Serves a policy over HTTP: OpenAI's API, and exact samples and new weights for trainers."""
-    with _guarded(traceback):
+    with guarded(traceback):
         import torch
 
-        from stages.keys import key_of
+        from serving.keys import key_of
 
-        with _extra("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client")):
+        with extra("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client")):
             from stages.serving import Room
             from stages.serving import serve_rollout as serve
 
@@ -324,10 +311,10 @@ def serve_rollout(
 @app.command()
 def ledger(stage: Folder, traceback: Traceback = False) -> None:
     """Shows how far an engine's numbers were from the trainer's, a line a step of a grpo stage."""
-    with _guarded(traceback):
+    with guarded(traceback):
         from align.ledger import ledger_table
 
-        _show(ledger_table(stage))
+        show(ledger_table(stage))
 
 
 @app.command()
@@ -346,7 +333,7 @@ def export(
     traceback: Traceback = False,
 ) -> None:
     """Writes a policy, or any such checkpoint, as one plain folder, its adapters merged."""
-    with _guarded(traceback):
+    with guarded(traceback):
         import torch
 
         from model.checkpoints import describe_foreign, read_folder_config
@@ -372,19 +359,6 @@ def _load(file: Path, sets: list[str] | None) -> Recipe:
     return load_recipe(file, sets or [], kinds=KINDS, eval_config=EvalConfig)
 
 
-@contextmanager
-def _extra(name: str, packages: tuple[str, ...]) -> Iterator[None]:
-    """Says which extra brings a package that an import did not find."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in packages:
-            raise
-        raise RuntimeError(
-            f"{error.name} is not installed; pip install hybrid-align[{name}]"
-        ) from error
-
-
 def _accelerator() -> Accelerator:
     import torch
     from accelerate import Accelerator
@@ -408,38 +382,3 @@ def _refuse_lost_processes(started: int) -> None:
             "several on a CPU use `accelerate launch --config_file stages/launch/cpu.yaml "
             "--num_processes N -m stages run ...`"
         )
-
-
-def _show(value: Any) -> None:
-    if isinstance(value, dict | list):
-        typer.echo(json.dumps(value, indent=1, sort_keys=True))
-    elif isinstance(value, str):
-        typer.echo(value)
-    else:
-        # In a file or a pipe there is no width to fit into; 120 columns hold every table.
-        console = Console()
-        (console if console.is_terminal else Console(width=120)).print(value)
-
-
-def _quiet() -> None:
-    """Turns off the progress bars of loading and saving; ours say what matters."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-@contextmanager
-def _guarded(traceback: bool) -> Iterator[None]:
-    """An error becomes one line and an exit code: 2 for what the user can mend, 1 for the world."""
-    try:
-        _quiet()
-        yield
-    except (ValueError, RuntimeError, OSError) as error:
-        if traceback:
-            raise
-        first, *rest = str(error).splitlines() or [type(error).__name__]
-        more = " (more with --traceback)" if rest else ""
-        typer.echo(f"error: {first}{more}", err=True)
-        code = USER_ERROR if isinstance(error, ValueError) else WORLD_ERROR
-        raise typer.Exit(code) from error

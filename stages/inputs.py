@@ -24,8 +24,6 @@ from stages.recipe import Stage
 
 Model = TypeVar("Model", bound=BaseModel)
 
-DIGESTS = "digests.json"
-
 
 def models_of(value: Any, kind: type[Model], keys: Keys = ()) -> list[tuple[Keys, Model]]:
     """Every model of one kind in a config, however deep, with the keys that lead to it."""

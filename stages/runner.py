@@ -18,6 +18,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from align.course import Job
+from serving.keys import key_of
 from stages.artifact import (
     START,
     Artifact,
@@ -33,7 +34,6 @@ from stages.artifact import (
 from stages.board import Board, Finished, Row, RunEval
 from stages.checks import parents_of
 from stages.inputs import FileDigests, stage_inputs, why_stale
-from stages.keys import key_of
 from stages.lock import locked
 from stages.recipe import MODEL, ModelConfig, Recipe, Stage, dump_json
 from stages.spmd import lead

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from socket import socket
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ from align.policy import load_policy
 from align.prompts import PAGE_TOKENS, PREFILL_TOKENS, end_of_turn
 from align.queries import query_reader
 from align.questions import read_calibration
-from reward.service import Server, create_app, listen
+from reward.service import Server, create_app
 from reward.serving.batching import Limits
 from reward.serving.judging import Service, Settings
 from reward.types import Message
@@ -27,6 +28,7 @@ from rollout.service import make_server
 from rollout.serving.worker import Settings as WorkerSettings
 from rollout.serving.worker import Worker
 from rollout.wire import ChatMessage
+from serving.server import listen
 from stages.artifact import find_artifact
 
 
@@ -73,10 +75,7 @@ def serve_reward(
         settings = replace(settings, calibrate=calibration.overall.probability)
     service = Service(scorer, settings)
     with listen(host, port) as sock:
-        bound = sock.getsockname()[1]
-        shown = f"[{host}]" if ":" in host else host
-        keyed = "" if api_key else ", open to whoever reaches it (--api-key-env sets a key)"
-        say(f"{scorer.version} at http://{shown}:{bound}, described at /docs{keyed}")
+        say(f"{scorer.version} at {_url(host, sock)}, described at /docs{_openness(api_key)}")
         Server(create_app(service)).run(sockets=[sock])
 
 
@@ -151,11 +150,17 @@ def serve_rollout(
         api_key=api_key,
     )
     with listen(host, port) as sock:
-        bound = sock.getsockname()[1]
-        shown = f"[{host}]" if ":" in host else host
-        keyed = "" if api_key else ", open to whoever reaches it (--api-key-env sets a key)"
-        say(f"{settings.model} at http://{shown}:{bound}/v1, described at /docs{keyed}")
+        say(f"{settings.model} at {_url(host, sock)}/v1, described at /docs{_openness(api_key)}")
         make_server(create_rollout_app(Worker(engine, settings))).run(sockets=[sock])
+
+
+def _url(host: str, sock: socket) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{sock.getsockname()[1]}"
+
+
+def _openness(api_key: str) -> str:
+    return "" if api_key else ", open to whoever reaches it (--api-key-env sets a key)"
 
 
 def _rendered(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, Self
@@ -36,14 +35,7 @@ from align.ledger import entries
 from align.loop import TrainConfig
 from align.losses.policy import PolicyLossConfig, policy_count, policy_loss
 from align.losses.types import Loss
-from align.prompts import (
-    Prompts,
-    end_of_turn,
-    judged,
-    open_scorer,
-    read_prompts,
-    requests_of,
-)
+from align.prompts import Prompts, end_of_turn, judged, open_scorer, read_prompts, requests_of
 from align.sampler import Sampler, staleness
 from align.trainers.dpo import reference_of
 from align.trainers.lm import adapted, fit, open_start
@@ -175,7 +167,7 @@ class GrpoCourse:
             max_tokens=prompts.max_tokens + config.max_new_tokens,
             autocast=torch.bfloat16 if config.has_autocast else None,
         )
-        self.sampler = Sampler(self.source)
+        self.sampler = Sampler(self.source, self.turns, group_size=config.group_size)
         # Experience of the rollout's later steps, the next one first; of all processes, so that a
         # checkpoint of it fits any number of them.
         self.waiting: list[list[Example]] = []
@@ -201,8 +193,7 @@ class GrpoCourse:
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         out = self._forward(model, batch)
-        assert batch.behaviour_logprobs is not None, "experience holds behaviour log-probabilities"
-        behaviour = batch.behaviour_logprobs
+        behaviour = _given(batch.behaviour_logprobs)
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
         maxima: dict[str, Tensor] = {}
         ledger: Tensor | None = None
@@ -252,31 +243,12 @@ class GrpoCourse:
                 ]
                 for later in self.waiting
             ],
-            "ahead": self._ahead_of_all(self.sampler.state_dict()),
+            "ahead": self.sampler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.waiting = [[Example(*values) for values in later] for later in state["waiting"]]
-        self.sampler.load_state_dict(self._own_ahead(state["ahead"]))
-
-    def _ahead_of_all(self, ahead: list[Any]) -> list[Any]:
-        """What processes sampled ahead, in the prompts' order: it then fits any number of them."""
-        if not ahead or self.job.accelerator.num_processes == 1:
-            return ahead
-        index, done = ahead
-        by_step = self.turns.in_order(index, gather_object([self._by_prompt(done)]))
-        return [index, [one for of_step in by_step for group in of_step for one in group]]
-
-    def _own_ahead(self, ahead: list[Any]) -> list[Any]:
-        if not ahead:
-            return ahead
-        index, done = ahead
-        own = self.turns.own_of(index, self._by_prompt(done))
-        return [index, [one for group in own for one in group]]
-
-    def _by_prompt(self, done: Sequence[Any]) -> list[Sequence[Any]]:
-        size = self.config.group_size
-        return [done[first : first + size] for first in range(0, len(done), size)]
+        self.sampler.load_state_dict(state["ahead"])
 
     def _rollout(self, index: int) -> tuple[list[list[Example]], dict[str, float]]:
         """Experience of all processes for the steps from `index` on, in the prompts' order.
@@ -356,12 +328,13 @@ class GrpoCourse:
     def _logprobs(self, batches: Sequence[Batch]) -> list[list[float]]:
         """Of each batch; processes compute those that they will learn from and tell the others."""
         accelerator, (row, rows) = self.job.accelerator, self._row
+        device = accelerator.device
         mine: dict[int, list[float]] = {}
         for first in range(0, len(batches), rows):
             # a process with no batch left joins in the last, so that collectives inside meet
             number = min(first + row, len(batches) - 1)
-            with self._precision():
-                out = self._forward(self.policy, batches[number].to(accelerator.device))
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.has_autocast):
+                out = self._forward(self.policy, batches[number].to(device))
             mine[number] = out.logprobs.tolist()
         every = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
         found = {number: logprobs for share in every for number, logprobs in share.items()}
@@ -384,14 +357,9 @@ class GrpoCourse:
             logprobs: Tensor = self._forward(reference, batch).logprobs
         return logprobs
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        if not self.config.has_autocast:
-            return nullcontext()
-        return torch.autocast(self.job.accelerator.device.type, dtype=torch.bfloat16)
-
 
 def _given(extra: Tensor | None) -> Tensor:
-    assert extra is not None, "experience holds advantages"
+    assert extra is not None, "experience holds advantages and behaviour log-probabilities"
     return extra
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import Counter, Gauge, Histogram
 
-LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+from serving.metrics import LATENCY_S, RequestMetrics
+
 SIZES = tuple(4**power for power in range(11))
 
 
-class Metrics:
+class Metrics(RequestMetrics):
     """Counters of one service; implements `reward.serving.batching.BatchWatch`.
 
     Example:
@@ -21,18 +22,8 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        kept = self._registry
-        self._requests = Counter(
-            "reward_requests", "answered", ["endpoint", "status"], registry=kept
-        )
-        self._seconds = Histogram(
-            "reward_request_seconds",
-            "from first to last byte",
-            ["endpoint"],
-            buckets=LATENCY_S,
-            registry=kept,
-        )
+        super().__init__("reward")
+        kept = self.registry
         self._items = Counter("reward_items", "scored", registry=kept)
         self._tokens = Counter("reward_tokens", "read by the reward model", registry=kept)
         self._invalid = Counter("reward_invalid_scores", "a judge failed, no score", registry=kept)
@@ -53,11 +44,6 @@ class Metrics:
         self._queue_items.set_function(items)
         self._queue_tokens.set_function(tokens)
 
-    def request(self, *, endpoint: str, status: int, seconds: float) -> None:
-        """One answered request."""
-        self._requests.labels(endpoint, str(status)).inc()
-        self._seconds.labels(endpoint).observe(seconds)
-
     def scored(self, *, num_items: int, num_tokens: int, num_invalid: int) -> None:
         """The items of one request that got their scores."""
         self._items.inc(num_items)
@@ -69,7 +55,3 @@ class Metrics:
         self._batch_items.observe(num_items)
         self._batch_tokens.observe(num_tokens)
         self._forward.observe(seconds)
-
-    def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
-        return generate_latest(self._registry)

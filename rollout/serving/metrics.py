@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import Counter, Gauge, Histogram
 
-LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+from serving.metrics import RequestMetrics
+
 STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 
-class Metrics:
+class Metrics(RequestMetrics):
     """Counters of one worker; implements `rollout.serving.driver.StepWatch`.
 
     Example:
@@ -21,18 +22,8 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        kept = self._registry
-        self._requests = Counter(
-            "rollout_requests", "answered", ["endpoint", "status"], registry=kept
-        )
-        self._seconds = Histogram(
-            "rollout_request_seconds",
-            "from first to last byte",
-            ["endpoint"],
-            buckets=LATENCY_S,
-            registry=kept,
-        )
+        super().__init__("rollout")
+        kept = self.registry
         self._tokens = Counter("rollout_tokens", "sampled", registry=kept)
         self._steps = Histogram(
             "rollout_step_seconds", "of one turn of the engine", buckets=STEP_S, registry=kept
@@ -46,11 +37,6 @@ class Metrics:
         self._samples.set_function(samples)
         self._version.set_function(version)
 
-    def request(self, *, endpoint: str, status: int, seconds: float) -> None:
-        """One answered request."""
-        self._requests.labels(endpoint, str(status)).inc()
-        self._seconds.labels(endpoint).observe(seconds)
-
     def step(self, *, num_tokens: int, seconds: float) -> None:
         """One turn of the engine."""
         self._tokens.inc(num_tokens)
@@ -59,7 +45,3 @@ class Metrics:
     def cancelled(self) -> None:
         """One asker left before the answer."""
         self._cancelled.inc()
-
-    def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
-        return generate_latest(self._registry)

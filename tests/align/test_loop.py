@@ -18,7 +18,7 @@ from align import checkpoint, loop, update
 from align.course import Step
 from align.data.batch import Batch
 from align.data.loader import PackedData
-from align.loop import TrainConfig, mean_loss, train
+from align.loop import TrainConfig, train
 from align.lora import LoraConfig, apply_lora
 from align.losses.lm import lm_loss
 from align.losses.types import Loss
@@ -371,15 +371,3 @@ def test_unsupported_launches_are_refused(tmp_path: Path) -> None:
         job = small.job(tmp_path, accelerator=launched)
         with pytest.raises(ValueError, match=message):
             train(Course(data()), model, config=TrainConfig(), job=job)
-
-
-def test_mean_loss_is_the_loss_of_the_next_step(tmp_path: Path) -> None:
-    course = Course(data(batch_items=12))
-    model = small.model()
-    job = small.job(tmp_path)
-    measured = mean_loss(course, model, course.data.batches(0), accelerator=job.accelerator)
-    assert model.training == small.model().training
-    last = train(course, model, config=TrainConfig(), job=job)
-    assert measured["loss"] == pytest.approx(last["loss"], rel=1e-6)
-    with pytest.raises(ValueError, match="no batch trains anything"):
-        mean_loss(course, model, (), accelerator=job.accelerator)

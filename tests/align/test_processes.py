@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.align.processes import launch
 from tests.helpers import assert_close
-
-ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import os
@@ -130,27 +125,8 @@ accelerator.end_training()
 
 def run(kind: str, folder: Path, processes: int, stop_before: int = -1) -> list[str]:
     """Runs the script on so many processes; returns what each wrote to stderr."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    if processes > 1:
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     folder.mkdir(exist_ok=True)
-    started = []
-    for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, kind, str(folder), str(stop_before)],
-                cwd=ROOT,
-                env={**os.environ, **shared, **own},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return [process.communicate(timeout=240)[1] for process in started]
+    return launch(SCRIPT, [kind, str(folder), str(stop_before)], processes)
 
 
 def lines(folder: Path) -> list[dict[str, float]]:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +29,7 @@ from align.trainers.sft import SftConfig
 from align.trl_backend import run_dpo, run_grpo, run_sft
 from align.trl_trainers import StepList, dpo_inputs, sft_inputs
 from tests.align import small
+from tests.align.processes import launch
 from tests.align.trainers.test_dpo import preferences
 from tests.align.trainers.test_lm import chats
 
@@ -329,27 +326,3 @@ def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path, start: P
     one, two = small.job(tmp_path / "1"), small.job(tmp_path / "2")
     assert_same_update(one, two, start)
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
-
-
-def launch(script: str, arguments: list[str], processes: int) -> list[str]:
-    """Runs the script on so many gloo processes; returns what each wrote to stderr."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    if processes > 1:
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    started = []
-    for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", script, *arguments],
-                cwd=Path(__file__).parents[2],
-                env={**os.environ, **shared, **own},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return [process.communicate(timeout=240)[1] for process in started]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from reward.service import Server, create_app, listen
+from reward.service import Server, create_app
 from reward.serving.judging import Service
+from tests.serving.live import running
 
 
 @dataclass(frozen=True)
@@ -22,21 +22,5 @@ class Live:
 @contextmanager
 def served(service: Service) -> Iterator[Live]:
     server = Server(create_app(service))
-    with listen("127.0.0.1", 0) as sock:
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-        thread.start()
-        wait_for(lambda: server.started)
-        try:
-            yield Live(url, server, thread)
-        finally:
-            server.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()
-
-
-def wait_for(condition, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
+    with running(server) as (url, thread):
+        yield Live(url, server, thread)

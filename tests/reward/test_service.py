@@ -13,13 +13,14 @@ from starlette.testclient import TestClient
 
 from reward.hierarchy import sigmoid
 from reward.scorer import InProcessScorer
-from reward.service import create_app, listen
+from reward.service import create_app
 from reward.serving.batching import Limits
 from reward.serving.judging import Service, Settings
 from reward.types import Item, Verdict
 from reward.wire import ScoreItem
-from tests.reward.live import served, wait_for
+from tests.reward.live import served
 from tests.reward.test_scorer import item, scorer
+from tests.serving.live import wait_for
 
 RIGHT = {"prompt": "2+3?", "response": "5", "answer": "5", "verifier": "math"}
 FREE = {"messages": [{"role": "user", "content": "2+3?"}], "response": "6"}
@@ -322,10 +323,3 @@ def test_every_example_in_the_openapi_is_answered(http):
     assert answer.status_code == 200
     for example in schemas["RewardRequest"]["examples"]:
         assert http.post("/get_reward", json=example).status_code == 200
-
-
-def test_an_address_that_is_taken_is_an_error():
-    with listen("127.0.0.1", 0) as sock:
-        port = sock.getsockname()[1]
-        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}: "):
-            listen("127.0.0.1", port)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +12,10 @@ from align.data.render import render_prompt
 from align.prompts import end_of_turn
 from model import HybridForCausalLM
 from rollout.native.engine import NativeEngine
-from rollout.service import create_app, listen, make_server
+from rollout.service import create_app, make_server
 from rollout.serving.worker import Settings, Worker
 from tests.align import small
+from tests.serving.live import running
 
 TOKENIZER = small.tokenizer()
 MAX_TOKENS = 96
@@ -58,25 +57,8 @@ def make_worker(
 
 @contextmanager
 def served(worker: Worker) -> Iterator[Live]:
-    server = make_server(create_app(worker))
-    with listen("127.0.0.1", 0) as sock:
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-        thread.start()
-        wait_for(lambda: server.started)
-        try:
-            yield Live(url, worker)
-        finally:
-            server.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
+    with running(make_server(create_app(worker))) as (url, _):
+        yield Live(url, worker)
 
 
 def is_idle(live: Live) -> bool:

@@ -21,7 +21,8 @@ from rollout.native.engine import NativeEngine
 from rollout.sync import adapter_config, adapter_weights, checksums, parts, weights
 from rollout.types import Completion, Request, Sampling
 from tests.align import small
-from tests.rollout.live import is_idle, make_worker, served, wait_for
+from tests.rollout.live import is_idle, make_worker, served
+from tests.serving.live import wait_for
 
 SAMPLING = Sampling(max_new_tokens=12, temperature=0.9, top_p=0.95)
 

@@ -11,7 +11,8 @@ import torch
 
 from model import Packed
 from tests.align import small
-from tests.rollout.live import MAX_TOKENS, TOKENIZER, Live, is_idle, make_worker, served, wait_for
+from tests.rollout.live import MAX_TOKENS, TOKENIZER, Live, is_idle, make_worker, served
+from tests.serving.live import wait_for
 
 PROMPT = "the cat sat on"
 CHAT = [{"role": "user", "content": PROMPT}]
@@ -187,8 +188,9 @@ def test_a_key_a_size_and_a_path_are_checked_at_the_door():
         assert (long.status_code, long.json()["error"]["code"]) == (413, "too_large")
         bad = http.post("/v1/completions", headers=keyed, content=b"{")
         assert (bad.status_code, bad.json()["error"]["type"]) == (400, "invalid_request_error")
-        chunked = http.post("/v1/completions", headers=keyed, content=iter([b"{}"]))
-        assert chunked.status_code == 411
+        for body, status in (([b"{}"], 400), ([b"x" * 600] * 2, 413)):
+            chunked = http.post("/v1/completions", headers=keyed, content=iter(body))
+            assert chunked.status_code == status
         assert http.get("/nothing", headers=keyed).json()["error"]["code"] == "not_found"
         text = http.get("/metrics").text
         assert 'rollout_requests_total{endpoint="/v1/models",status="401"} 1.0' in text

@@ -111,7 +111,7 @@ def test_what_is_missing_or_wrong_is_one_line(judge, tmp_path, monkeypatch):  # 
     key = align("serve-reward", str(judge), "--api-key-env", "NO_SUCH_KEY")
     assert (key.exit_code, key.stderr) == (
         2,
-        "error: --api-key-env NO_SUCH_KEY: no such variable, or it is empty; set it\n",
+        "error: --api-key-env = NO_SUCH_KEY: no such variable, or it is empty; set it\n",
     )
     for name in ("stages.serving", "reward.service"):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -233,27 +233,6 @@ def experts_product(
         tl.store(p_o, acc.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tiles", "E"])
-def experts_bwd_product(
-    d_rows, d_w, p_ends, p_out,
-    num_tiles, E, N_OUT, N_IN,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
-    GROUP: tl.constexpr,
-):  # fmt: skip
-    """[rows, in] x [E, in, out] -> [rows, out] by bulk copies; BK divides `in`."""
-    expert, row, end, column = _tile(p_ends, num_tiles, E, N_OUT, BM, BN, BE, GROUP)
-    if row < end:
-        acc = tl.zeros((BM, BN), tl.float32)
-        for start in range(0, N_IN, BK):
-            # rows and columns of a neighbour, where the expert's end, are not stored
-            b_a = d_rows.load([row, start])
-            acc = tl.dot(b_a, d_w.load([expert * N_IN + start, column]), acc)
-        b_m, b_n = row + tl.arange(0, BM), column + tl.arange(0, BN)
-        p_o = p_out + b_m.to(tl.int64)[:, None] * N_OUT + b_n[None, :]
-        m_o = (b_m < end)[:, None] & (b_n < N_OUT)[None, :]
-        tl.store(p_o, acc.to(p_out.dtype.element_ty), mask=m_o)
-
-
 @triton.jit
 def experts_weight_grad(
     p_grad, p_rows, p_ends, p_out,

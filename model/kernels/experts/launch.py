@@ -17,7 +17,6 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.kernels.experts import kernel
 
@@ -52,12 +51,6 @@ def choose_tile(dtype: torch.dtype) -> Tile:
     return Tile(64, 64, 32, 8, 2) if dtype == torch.float32 else Tile(128, 128, 64, 8, 3)
 
 
-COPY_TILE = Tile(128, 256, 64, 8, 4)
-# Where the weight lies [E, in, out], as in the backward, `product_by_copies` is up to 7 % faster
-# than `torch._grouped_mm`, but not below this depth, where the ends of its tiles weigh more; not
-# measured for fewer rows an expert than these.
-MIN_COPY_DEPTH = 4096
-MIN_COPY_ROWS = 512
 # tiles of rows that run at once over the same columns of a weight
 GROUP = 8
 # columns that one program of an elementwise kernel takes at once
@@ -136,39 +129,15 @@ def product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """[rows, in] x [E, out, in] -> [rows, out], each row times its expert's matrix."""
     num_experts, size_out, size_in = weight.shape
     if _has_kernel(weight, ends, size_out, size_in):
-        lying = weight.transpose(1, 2)
-        is_deep = size_in >= MIN_COPY_DEPTH and size_in % COPY_TILE.depth == 0
-        if is_deep and lying.is_contiguous() and len(rows) >= MIN_COPY_ROWS * num_experts:
-            return product_by_copies(rows, lying, ends)
-        return torch._grouped_mm(rows, lying, offs=ends)
+        return torch._grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     out = torch.empty((rows.shape[0], size_out), dtype=rows.dtype, device=rows.device)
     tile = choose_tile(rows.dtype)
-    num_tiles = _max_tiles(len(rows), num_experts, tile)
+    # every expert may leave one tile part empty
+    num_tiles = triton.cdiv(len(rows), tile.rows) + min(num_experts, len(rows))
     kernel.experts_product[(num_tiles * triton.cdiv(size_out, tile.columns),)](
         rows, weight, ends, out, num_tiles, num_experts, size_out, size_in, *weight.stride(),
         BM=tile.rows, BN=tile.columns, BK=tile.depth, BE=_padded(num_experts), GROUP=GROUP,
         PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return out
-
-
-def _max_tiles(rows: int, num_experts: int, tile: Tile) -> int:
-    """Every expert may leave one tile part empty."""
-    return triton.cdiv(rows, tile.rows) + min(num_experts, rows)
-
-
-def product_by_copies(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """[rows, in] x [E, in, out] -> [rows, out] for Hopper; `in` a multiple of COPY_TILE.depth."""
-    num_experts, size_in, size_out = weight.shape
-    out = torch.empty((rows.shape[0], size_out), dtype=rows.dtype, device=rows.device)
-    tile = COPY_TILE
-    num_tiles = _max_tiles(len(rows), num_experts, tile)
-    kernel.experts_bwd_product[(num_tiles * triton.cdiv(size_out, tile.columns),)](
-        TensorDescriptor.from_tensor(rows, [tile.rows, tile.depth]),
-        TensorDescriptor.from_tensor(weight.view(-1, size_out), [tile.depth, tile.columns]),
-        ends, out, num_tiles, num_experts, size_out, size_in,
-        BM=tile.rows, BN=tile.columns, BK=tile.depth, BE=_padded(num_experts), GROUP=GROUP,
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 

@@ -29,7 +29,8 @@ from align.trainers.grpo import GrpoCourse
 from rollout.canary import ProofError
 from tests.align import small
 from tests.align.trainers.test_grpo import config, course, lines, prompts
-from tests.rollout.live import make_worker, served, wait_for
+from tests.rollout.live import make_worker, served
+from tests.serving.live import wait_for
 
 ROOT = Path(__file__).parents[3]
 

@@ -212,10 +212,6 @@ def experts(arch: int) -> Iterator[tuple]:
             product = {**shape, "BE": 32, "GROUP": 8, dense: 1}
             yield experts_kernel.experts_product, product, tile.warps, tile.stages, dtype
         yield experts_kernel.experts_weight_grad, shape, tile.warps, tile.stages, dtype
-    if arch == 90:
-        tile = experts_launch.COPY_TILE
-        shape = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BE": 32, "GROUP": 8}
-        yield experts_kernel.experts_bwd_product, shape, tile.warps, tile.stages, "bf16"
 
     sort = {"BP": 1024, "BE": 32}
     yield few_kernel.experts_few_sort, sort, 8, 3, "bf16"

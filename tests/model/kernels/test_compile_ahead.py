@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-HOPPER_ONLY = {"lightning_run_hopper", "lightning_bwd_keys_values", "experts_bwd_product"}
+HOPPER_ONLY = {"lightning_run_hopper", "lightning_bwd_keys_values"}
 
 
 @pytest.mark.parametrize("target", [80, 90])

@@ -133,31 +133,9 @@ def test_columns_beyond_one_program(launch: ModuleType, monkeypatch: pytest.Monk
     check(launch, Case(9, 3, 2, torch.float32, size=40, inner=56))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if CUDA else [])])
-def test_product_by_copies(launch: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    if CUDA and not launch._is_hopper(torch.device("cuda", 0)):
-        pytest.skip("needs bulk copies")
-    if not CUDA:
-        monkeypatch.setattr(launch, "COPY_TILE", launch.Tile(16, 32, 16, 4, 1))
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(150, 192, generator=generator).to(dtype)
-    weight = torch.randn(4, 192, 328, generator=generator).to(dtype)
-    # the last rows belong to no expert, as of dropped places
-    ends = torch.tensor([17, 17, 140, 141], dtype=torch.int32)
-    rows[141:] = float("nan")
-    out = launch.product_by_copies(*(x.to(DEVICE) for x in (rows, weight, ends)))
-    starts = [0, *ends.tolist()]
-    parts = zip(starts, starts[1:], weight, strict=False)
-    exact = torch.cat([rows[a:b].double() @ w.double() for a, b, w in parts])
-    assert_close("output", out[:141].cpu(), exact, BOUND[dtype])
-
-
 @pytest.mark.skipif(CUDA, reason="the matrix below runs the same where it is the product's own")
 def test_layer_by_the_products_of_hopper(launch: ModuleType, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch, "_has_kernel", lambda *_: True)
-    monkeypatch.setattr(launch, "COPY_TILE", launch.Tile(16, 32, 16, 4, 1))
-    monkeypatch.setattr(launch, "MIN_COPY_DEPTH", 32)
-    monkeypatch.setattr(launch, "MIN_COPY_ROWS", 1)
     check(launch, Case(40, 4, 2, torch.float32, size=32, inner=48, loads="dropped"))
 
 

@@ -18,9 +18,9 @@ from reward.serving.batching import (
     WrongItemsError,
 )
 from reward.types import Item, Verdict
-from tests.reward.live import wait_for
 from tests.reward.test_model import tiny
 from tests.reward.test_scorer import encode, encode_prompt, item, scorer
+from tests.serving.live import wait_for
 
 ITEMS = [item("5" * (1 + 7 * n % 23), answer="5", verifier="math" * (n % 2)) for n in range(40)]
 

@@ -9,7 +9,7 @@ import pytest
 
 from rollout.serving.driver import ClosedError, Driver, QueueFullError
 from rollout.types import Completion, Request, Sampling, Token
-from tests.rollout.live import wait_for
+from tests.serving.live import wait_for
 
 
 class FakeEngine:

@@ -15,5 +15,5 @@ def key_of(variable: str, name: str) -> str:
     """
     key = os.environ.get(variable, "") if variable else ""
     if variable and not key:
-        raise ValueError(f"{name} {variable}: no such variable, or it is empty; set it")
+        raise ValueError(f"{name} = {variable}: no such variable, or it is empty; set it")
     return key

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-
-LINGER_S = 10.0
 
 
 @dataclass(eq=False)
@@ -34,10 +33,10 @@ class Answers:
 
     Args:
         max_bytes: of finished answers that are kept.
-        linger_s: seconds.
+        linger_s: seconds; infinite makes every answer to its end.
     """
 
-    def __init__(self, max_bytes: int, linger_s: float = LINGER_S) -> None:
+    def __init__(self, max_bytes: int, *, linger_s: float) -> None:
         self._max_bytes = max_bytes
         self._linger_s = linger_s
         self._bytes = 0
@@ -67,7 +66,7 @@ class Answers:
             raise
         finally:
             kept.num_askers -= 1
-            if not kept.num_askers and not kept.task.done():
+            if not kept.num_askers and not kept.task.done() and self._linger_s < math.inf:
                 loop = asyncio.get_running_loop()
                 loop.call_later(self._linger_s, self._forget, kept)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 
-from rollout.serving.answers import Answers, ReusedIdError, WithdrawnError
+from serving.answers import Answers, ReusedIdError, WithdrawnError
 
 
 def test_an_answer_is_made_once_and_forgotten_last():
     async def run() -> None:
-        answers, made = Answers(max_bytes=25), []
+        answers, made = Answers(max_bytes=25, linger_s=10), []
 
         async def make() -> bytes:
             made.append(1)
@@ -33,7 +34,7 @@ def test_an_answer_is_made_once_and_forgotten_last():
 
 def test_a_failure_is_not_kept():
     async def run() -> None:
-        answers, turns = Answers(max_bytes=100), iter([ValueError("no"), None])
+        answers, turns = Answers(max_bytes=100, linger_s=10), iter([ValueError("no"), None])
 
         async def make() -> bytes:
             error = next(turns)
@@ -78,5 +79,24 @@ def test_an_asker_may_come_back_for_a_while_and_nobody_waits_for_ever():
         with pytest.raises(WithdrawnError, match="id 'c' was withdrawn"):
             await kept
         assert ended == [1, 1]
+
+    asyncio.run(run())
+
+
+def test_without_an_end_to_its_waiting_an_answer_is_made_for_nobody():
+    async def run() -> None:
+        answers, made = Answers(max_bytes=100, linger_s=math.inf), []
+
+        async def make() -> bytes:
+            await asyncio.sleep(0.02)
+            made.append(1)
+            return b"yes"
+
+        gone = asyncio.ensure_future(answers.once("a", b"1", make))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        await asyncio.sleep(0.1)
+        assert made == [1]
+        assert (await answers.once("a", b"1", make), made) == (b"yes", [1])
 
     asyncio.run(run())

@@ -13,41 +13,53 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from reward.serving.metrics import Metrics
-from reward.wire import ErrorCode, ErrorDetail, ErrorResponse, ItemError
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from serving.answers import ReusedIdError
+from serving.metrics import RequestMetrics
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+Refusal = Callable[[int, str], bytes]
+"""The body of an answer that is not 200, from its status and what is to be said."""
 
-SCORING = ("/v1/score", "/get_reward")
+JSON = "application/json"
 OPEN = ("/health", "/metrics")
+BODILESS = ("GET", "HEAD", "OPTIONS", "DELETE")
+# nginx's status for an asker who left before the answer; nobody is there to read it
+GONE = 499
 # A body up to this many times the limit is read to its end and dropped: a sender that is cut off
 # in the middle sees a broken connection instead of the answer.
 DROPPED_TIMES = 8
-
-
-def error_body(code: ErrorCode, message: str, items: tuple[ItemError, ...] = ()) -> bytes:
-    """The one form of every refusal."""
-    # A message may quote a key of the body that is no text.
-    shown = message.encode("utf-8", "replace").decode()
-    detail = ErrorDetail(code=code, message=shown, items=items)
-    return ErrorResponse(error=detail).model_dump_json().encode()
 
 
 class Door:
     """Wraps the app: refuses, counts, and knows what is inside.
 
     Args:
-        api_key: "" lets everybody in.
+        api_key: "" lets everybody in; /health and /metrics are open always.
         max_body_bytes: longest body.
+        paths: counted under their names, all others as one.
     """
 
-    def __init__(self, app: App, *, api_key: str, max_body_bytes: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        api_key: str,
+        max_body_bytes: int,
+        paths: tuple[str, ...],
+        refusal: Refusal,
+        metrics: RequestMetrics,
+    ) -> None:
         self._app = app
         self._key = api_key.encode()
         self._max_body_bytes = max_body_bytes
+        self._paths = (*paths, *OPEN)
+        self._refusal = refusal
         self._metrics = metrics
         self._inside = 0
         self._closing: Callable[[], None] | None = None
@@ -70,7 +82,7 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path, start, status = scope["path"], time.perf_counter(), 500
+        path, start, status = scope["path"], time.perf_counter(), GONE
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -81,24 +93,22 @@ class Door:
         try:
             await self._pass(scope, receive, noting)
         finally:
-            endpoint = path if path in (*SCORING, *OPEN) else "other"
+            endpoint = path if path in self._paths else "other"
             seconds = time.perf_counter() - start
             self._metrics.request(endpoint=endpoint, status=status, seconds=seconds)
 
     async def _pass(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         if scope["path"] not in OPEN and not self._is_known(headers):
-            body = error_body(
-                "unauthorized", "wrong or missing key; send Authorization: Bearer KEY"
-            )
-            await _answer(send, 401, body, {b"www-authenticate": b"Bearer"})
+            text = "wrong or missing key; send Authorization: Bearer KEY"
+            await self._refuse(send, 401, text, {b"www-authenticate": b"Bearer"})
             return
-        if scope["path"] not in SCORING:
+        if scope["method"] in BODILESS:
             await self._app(scope, receive, send)
             return
         if self._closing is not None:
-            body = error_body("draining", "the service is stopping; ask again in a moment")
-            await _answer(send, 503, body, {b"retry-after": b"1"})
+            text = "the service is stopping; ask again in a moment"
+            await self._refuse(send, 503, text, {b"retry-after": b"1"})
             return
         self._inside += 1
         try:
@@ -128,8 +138,8 @@ class Door:
                 body += message.get("body", b"")
             more = message.get("more_body", False) and seen <= DROPPED_TIMES * most
         if max(declared, seen) > most:
-            text = f"the body is longer than the limit of {most} bytes; send the items in parts"
-            await _answer(send, 413, error_body("too_large", text), {})
+            text = f"the body is longer than the limit of {most} bytes; send it in parts"
+            await self._refuse(send, 413, text, {})
             return
         whole = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
@@ -152,9 +162,29 @@ class Door:
             return False
         return hmac.compare_digest(given.strip(), self._key)
 
+    async def _refuse(
+        self, send: Send, status: int, text: str, headers: Mapping[bytes, bytes]
+    ) -> None:
+        body = self._refusal(status, text)
+        plain = {b"content-type": JSON.encode(), b"content-length": str(len(body)).encode()}
+        start = {"type": "http.response.start", "status": status}
+        await send({**start, "headers": list({**plain, **headers}.items())})
+        await send({"type": "http.response.body", "body": body})
 
-async def _answer(send: Send, status: int, body: bytes, headers: Mapping[bytes, bytes]) -> None:
-    plain = {b"content-type": b"application/json", b"content-length": str(len(body)).encode()}
-    start = {"type": "http.response.start", "status": status}
-    await send({**start, "headers": list({**plain, **headers}.items())})
-    await send({"type": "http.response.body", "body": body})
+
+def add_refusals(app: FastAPI, refusal: Refusal) -> None:
+    """Gives the framework's own refusals, and what nobody foresaw, the service's form."""
+
+    @app.exception_handler(HTTPException)
+    async def by_framework(request: Request, error: HTTPException) -> Response:
+        body = refusal(error.status_code, str(error.detail))
+        return Response(body, error.status_code, error.headers, media_type=JSON)
+
+    @app.exception_handler(ReusedIdError)
+    async def reused(request: Request, error: ReusedIdError) -> Response:
+        return Response(refusal(409, str(error)), 409, media_type=JSON)
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        text = f"{type(error).__name__}; the service's log says more"
+        return Response(refusal(500, text), 500, media_type=JSON)
