@@ -24,8 +24,9 @@ def make_model(seed: int = 0, layers: int = 3) -> HybridForCausalLM:
         head_dim=16,
         rotary_dim=8,
         layer_types=["linear_attention", "full_attention", "linear_attention"][:layers],
-        # larger than the usual 0.02, so that the distributions are far from uniform
-        initializer_range=0.3,
+        # larger than the usual 0.02, so that the distributions are far from uniform; at 0.3 the
+        # full forward itself rounds by 1e-5 in fp32
+        initializer_range=0.25,
     )
     return HybridForCausalLM(config)
 
