@@ -20,6 +20,8 @@ from tests.helpers import assert_close
 from tests.rollout.native.setting import make_model, requests_of, run
 
 MODEL = make_model()
+# the full forward of MODEL rounds by up to 1e-5 itself, of this one by half of it
+MILDER = make_model(spread=0.25)
 
 
 @contextmanager
@@ -111,13 +113,13 @@ def test_logprobs_are_those_of_the_full_packed_forward(
 ):
     chance = random.Random(seed)
     engine = NativeEngine(
-        MODEL, max_slots=slots, max_cache_tokens=tokens, page_tokens=page_tokens,
+        MILDER, max_slots=slots, max_cache_tokens=tokens, page_tokens=page_tokens,
         prefill_tokens=prefill_tokens, max_prefixes=2, prefix_tokens=20,
     )  # fmt: skip
     done = run(engine, requests_of(chance, 7), chance)
     packed = Packed.from_sequences([one.prompt + one.tokens for one in done])
     # in fp64: the forward's own rounding in fp32 is as large as the engine's
-    wide = copy.deepcopy(MODEL).double()
+    wide = copy.deepcopy(MILDER).double()
     with torch.no_grad():
         logprobs = wide.logits(wide.model.run(packed).hidden).log_softmax(-1)
     rows = logprobs.split(packed.lengths)
