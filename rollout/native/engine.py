@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,30 +19,11 @@ from torch import Tensor
 from model import DecodeCache, HybridForCausalLM
 from rollout.native.int8 import in_place_of_live
 from rollout.native.prefix import Prefixes
-from rollout.native.scheduler import Limits, Scheduler, refuse_unless_it_fits
+from rollout.native.scheduler import Limits, Scheduler, Stats, refuse_unless_it_fits
 from rollout.native.sequence import Decode, Sample
 from rollout.native.turn import Flight, Runner, evaluating
 from rollout.sync import copy_weights
 from rollout.types import Completion, Request, Token
-
-
-@dataclass(frozen=True)
-class Stats:
-    """State of an engine.
-
-    Args:
-        num_live, num_paused: samples decoding, and those that wait on the host for pages.
-        num_pauses: since the engine was made.
-        num_prefix_tokens: prompt tokens that were not prefilled because they were known.
-        num_free_slots, num_free_pages: of the cache.
-    """
-
-    num_live: int
-    num_paused: int
-    num_pauses: int
-    num_prefix_tokens: int
-    num_free_slots: int
-    num_free_pages: int
 
 
 class NativeEngine:
