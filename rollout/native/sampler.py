@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -156,30 +155,17 @@ def kept(probabilities: Tensor, knobs: Knobs) -> Tensor:
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
 
-def draw(
-    logits: Tensor, knobs: Knobs, positions: Tensor, *, form: Literal["auto", "torch"] = "auto"
-) -> Drawn:
+def draw(logits: Tensor, knobs: Knobs, positions: Tensor) -> Drawn:
     """One token a row by inverse transform sampling.
 
     Args:
         logits: [N, V] fp32.
         knobs: N rows.
         positions: [N] int64, index of the token in its response, the third counter of its hash.
-        form: `auto` takes one kernel on CUDA where nothing is filtered, and torch elsewhere.
 
     A row of nan, or of -inf only, gives a logprob of nan (`refuse_broken`): nothing here waits for
     the device.
     """
-    if form == "auto" and logits.is_cuda and not knobs.filtered:
-        # not at the top: torch for CPU comes without triton
-        from model.kernels.draw.launch import draw_triton
-
-        counters = knobs.seed, knobs.sample, positions
-        tokens, logprobs, filtered = draw_triton(
-            logits, knobs.temperature, *counters,
-            is_tempered=knobs.tempered, has_greedy=knobs.greedy,
-        )  # fmt: skip
-        return Drawn(tokens, logprobs, filtered, torch.ones_like(logprobs))
     untouched = tempered = logits.log_softmax(-1)
     if knobs.tempered:
         temperature = torch.where(knobs.temperature > 0, knobs.temperature, 1.0)

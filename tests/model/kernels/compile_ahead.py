@@ -1,6 +1,6 @@
 """Compiles every kernel for one GPU architecture, without a GPU.
 
-Run: python tests/model/kernels/compile_ahead.py 90 [draw paged lightning block experts logprob]
+Run: python tests/model/kernels/compile_ahead.py 90 [lightning block experts logprob]
 Prints a line a kernel: registers are the compiler's, bytes of local memory are spills.
 """
 
@@ -21,8 +21,6 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from model.kernels.draw import kernel as draw_kernel
-from model.kernels.draw import launch as draw_launch
 from model.kernels.experts import kernel as experts_kernel
 from model.kernels.experts import launch as experts_launch
 from model.kernels.experts_few import kernel as few_kernel
@@ -66,7 +64,6 @@ def pointers(**names: str) -> dict[str, str]:
 
 
 POINTERS = {
-    "draw": pointers(i64="seed sample position tokens"),
     "lightning": pointers(
         fp32="slopes pieces_out init carry final states", i32="pieces carries chunks segments",
         i64="index",
@@ -247,14 +244,7 @@ def paged(arch: int) -> Iterator[tuple]:
     yield paged_kernel.paged_merge, {"D": 128, "BD": 128, "SHARES": 8}, 1, 3, "bf16"
 
 
-def draw(arch: int) -> Iterator[tuple]:
-    for flag in (False, True):
-        options = {"BV": draw_launch.BLOCK_WORDS, "IS_TEMPERED": flag, "HAS_GREEDY": flag}
-        yield draw_kernel.draw_row, options, draw_launch.WARPS, 3, "fp32"
-
-
 OPS = {
-    "draw": draw,
     "paged": paged,
     "lightning": lightning,
     "block": block,
