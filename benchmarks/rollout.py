@@ -1,13 +1,23 @@
-"""Rollout of a preset on one GPU: the native engine beside transformers' `generate` and vLLM.
+"""Rollout of a preset on one GPU: the native engine beside transformers' `generate`.
 
-Run: python -m benchmarks.rollout [--batches 1 32 256] [--profile 32] [--parts exact speed]
+Run: python -m benchmarks.rollout [--parts exact speed int8 prefill short overlap transformers]
+     [--batches 1 32 256] [--profile 32]
 
 Random bf16 weights, random prompts, temperature 1, no stop token: 512 tokens in, 256 out. "tok/s"
 is tokens out over the time on the wall of one `generate`, prefill included; "step" is a decode step
-by the same clock, without prefill. The floor of a step is the bytes that must move (weights of the
-experts that random routing meets and all other weights once, states read and written, keys and
-values read) over what a copy on the device reaches. Exactness: log-probabilities of the engine
-against one full packed forward in bf16, both against the same weights in fp32.
+by the same clock, without prefill; "graph" the same step on the device alone. The floor of a step
+is the bytes that must move (weights of the experts that random routing meets and all other weights
+once, states read and written, keys and values read) over what a copy on the device reaches.
+
+    exact         log-probabilities of the engine and of one full packed forward, both in bf16,
+                  against the same weights in fp32
+    speed, int8   the table, with live and with int8 experts
+    prefill       65,536 tokens; a group of 16 with 8,192 against 16 prompts of 8,192
+    short         one prompt alone: on the wall, and its kernels
+    overlap       prefill and decode steps at once on two streams, and one after the other
+    transformers  its `generate` at the same batches up to 32
+
+Every part is well under a minute. vLLM has a process of its own: `rollout_vllm.py`.
 """
 
 from __future__ import annotations
@@ -18,15 +28,17 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.kernels import DEVICE, say
+from benchmarks.kernels import DEVICE, PAUSE_CYCLES, median_ms, say
 from benchmarks.train_step import build, their_model
-from model import HybridConfig, HybridForCausalLM, Packed
+from model import DecodeCache, HybridConfig, HybridForCausalLM, Packed
 from model.config import PRESETS, count_parameters, preset
 from rollout.native.engine import NativeEngine
+from rollout.native.graphs import bucket
 from rollout.types import Completion, Request, Sampling
 
 BYTES_A_SECOND = 4.2e12
@@ -75,13 +87,25 @@ def collect(engine: NativeEngine, requests: list[Request], done: list[Completion
     done += engine.generate(requests)
 
 
-def speed(model: HybridForCausalLM, batches: Sequence[int], repeats: int) -> None:
-    say(f"{'batch':>6} {'tok/s':>8} {'decode':>8} {'step ms':>8} {'floor':>6} {'prefill ms':>11}")
+def speed(
+    model: HybridForCausalLM,
+    batches: Sequence[int],
+    repeats: int,
+    experts: Literal["live", "int8"] = "live",
+) -> None:
+    say(f"experts {experts}")
+    say(
+        f"{'batch':>6} {'tok/s':>8} {'decode':>8} {'step ms':>8} {'graph':>6} {'floor':>6} "
+        f"{'prefill ms':>11}"
+    )
     for batch in batches:
-        # room to spare: a cache that fits exactly holds the last prompts back (`scheduler.admit`)
-        engine = NativeEngine(model, max_slots=batch, max_cache_tokens=batch * (PROMPT + 2 * NEW))
-        # as many turns as all prefills take, so that every size of batch is captured
-        engine.generate(requests_of(batch, PROMPT, 24, seed=99))
+        # with room to spare
+        tokens = batch * (PROMPT + 2 * NEW)
+        engine = NativeEngine(model, max_slots=batch, max_cache_tokens=tokens, experts=experts)
+        # as many turns as all prefills take, so that every size of batch is captured; then once
+        # more: a capture gives back the memory that prefills hold
+        for seed in (99, 98):
+            engine.generate(requests_of(batch, PROMPT, 24, seed=seed))
         found = []
         for repeat in range(repeats):
             requests = requests_of(batch, PROMPT, NEW, seed=repeat)
@@ -93,22 +117,39 @@ def speed(model: HybridForCausalLM, batches: Sequence[int], repeats: int) -> Non
             found.append((total, decode))
         total, decode = (statistics.median(times) for times in zip(*found, strict=True))
         step = decode / (NEW - 1) * 1e3
-        floor = floor_ms(model.config, batch, PROMPT + NEW / 2)
+        floor = floor_ms(
+            model.config, batch, PROMPT + NEW / 2, expert_bytes=1 if experts == "int8" else 2
+        )
         say(
             f"{batch:6d} {batch * NEW / total:8.0f} {batch / step * 1e3:8.0f} {step:8.3f} "
-            f"{floor:6.3f} {(total - decode) * 1e3:11.1f}"
+            f"{graph_ms(engine, batch):6.3f} {floor:6.3f} {(total - decode) * 1e3:11.1f}"
         )
         engine.close()
 
 
+def graph_ms(engine: NativeEngine, batch: int) -> float:
+    """A decode step of so many again and again: it writes where nobody reads any more."""
+    runner = engine._runner
+    assert runner is not None, "the engine has generated"
+    rows = bucket(batch)
+    return median_ms(lambda: runner._graphs.replay((rows, runner._batches[rows].flags)))
+
+
+def live_engine(model: HybridForCausalLM, batch: int, new: int) -> NativeEngine:
+    """An engine whose `batch` samples all decode, with graphs for it."""
+    engine = NativeEngine(model, max_slots=batch, max_cache_tokens=batch * (PROMPT + 2 * NEW))
+    for request in requests_of(batch, PROMPT, new):
+        engine.submit(request)
+    for _ in range(new):
+        engine.step()
+        if engine.stats.num_live == batch:
+            return engine
+    raise RuntimeError(f"{engine.stats} after {new} turns, expected {batch} samples that decode")
+
+
 def profiled(model: HybridForCausalLM, batch: int) -> None:
     """The kernels of eight decode steps."""
-    engine = NativeEngine(model, max_slots=batch, max_cache_tokens=batch * (PROMPT + 64))
-    engine.generate(requests_of(batch, PROMPT, 4, seed=99))
-    for request in requests_of(batch, PROMPT, 40):
-        engine.submit(request)
-    while engine.stats.num_live < batch:
-        engine.step()
+    engine = live_engine(model, batch, 64)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
         took = seconds(lambda: [engine.step() for _ in range(8)])
     table = found.key_averages().table(
@@ -127,10 +168,94 @@ def prefill(model: HybridForCausalLM) -> None:
         (2, ("16 prompts of 8,192 tokens", 16, 8192, 1)),
     ):
         times = []
-        for seed in range(4):
+        for seed in range(5):
             given = requests_of(number, length, new, samples=samples, seed=seed)
-            times.append(seconds(lambda given=given: engine.generate(given)))
-        say(f"prefill {name}: {statistics.median(times[1:]) * 1e3:.1f} ms")
+            times.append(seconds(lambda given=given: engine.generate(given)) * 1e3)
+        spread = f"{min(times[1:]):.1f} to {max(times[1:]):.1f}"
+        say(f"prefill {name}: {statistics.median(times[1:]):.1f} ms ({spread})")
+    engine.close()
+
+
+def behind_a_pause_ms(work: Callable[[], object]) -> float:
+    """Time on the device alone: the host has launched all of it before the first kernel runs."""
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(40 * PAUSE_CYCLES)
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def short(model: HybridForCausalLM) -> None:
+    """What a bucket of padding could gain: the host launches a short prompt's kernels one by one,
+    and a graph, which needs fixed shapes, would launch them at once."""
+    engine = NativeEngine(model, max_slots=2, max_cache_tokens=4096)
+    for length in (32, 64, 128, 256, 512):
+        times = []
+        for seed in range(9):
+            given = requests_of(1, length, 1, seed=seed)
+            times.append(seconds(lambda given=given: engine.generate(given)) * 1e3)
+        packed = Packed(
+            torch.zeros(length, dtype=torch.int64, device=DEVICE),
+            torch.arange(length, device=DEVICE),
+            (length,),
+        )
+        kernels = behind_a_pause_ms(lambda packed=packed: model.model.run(packed))
+        say(
+            f"prefill of {length:3d} tokens alone: {statistics.median(times[2:]):.2f} ms on the "
+            f"wall, trunk on the device {kernels:.2f}"
+        )
+    engine.close()
+
+
+@torch.no_grad()
+def overlap(model: HybridForCausalLM, batch: int = 32, steps: int = 24) -> None:
+    """Decode steps and a prefill of 16,384 tokens, on one stream and on two."""
+    engine = live_engine(model, batch, 128)
+    runner = engine._runner
+    assert runner is not None, "it decodes"
+    loaded = runner._loaded
+    assert loaded is not None, "it decodes"
+    packed = Packed.from_sequences([[7] * 1024] * 16, device=DEVICE)
+    cache = DecodeCache(
+        model.config, num_slots=16, num_pages=16 * 16, dtype=model.dtype, device=DEVICE
+    )
+    slots = tuple(cache.allocate() for _ in range(16))
+    other = torch.cuda.Stream(priority=0)
+
+    def decode() -> None:
+        for _ in range(steps):
+            runner._graphs.replay((loaded.rows, loaded.flags))
+
+    def new_prompts() -> None:
+        cache.lengths = [0] * 16
+        model.model.run(packed, cache=cache, slots=slots)
+
+    def both() -> None:
+        other.wait_stream(torch.cuda.current_stream())
+        decode()
+        with torch.cuda.stream(other):
+            new_prompts()
+        torch.cuda.current_stream().wait_stream(other)
+
+    def in_turn() -> None:
+        decode()
+        new_prompts()
+
+    for name, work in (
+        (f"{steps} decode steps of {batch}", decode),
+        ("prefill of 16,384 tokens", new_prompts),
+        ("one after the other", in_turn),
+        ("on two streams", both),
+    ):
+        work()
+        times = [seconds(work) * 1e3 for _ in range(5)]
+        say(f"overlap: {name}: {statistics.median(times):.1f} ms")
     engine.close()
 
 
@@ -184,32 +309,39 @@ def transformers_speed(config: HybridConfig, batches: Sequence[int], new: int) -
             f"{step * 1e3:.1f} ms (from {new} tokens)")  # fmt: skip
 
 
+OURS: dict[str, Callable[[HybridForCausalLM, argparse.Namespace], None]] = {
+    "exact": lambda model, _: exactness(model),
+    "speed": lambda model, given: speed(model, given.batches, given.repeats),
+    "int8": lambda model, given: speed(model, given.batches, given.repeats, "int8"),
+    "prefill": lambda model, _: prefill(model),
+    "short": lambda model, _: short(model),
+    "overlap": lambda model, _: overlap(model),
+}
+PARTS = (*OURS, "transformers")
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--preset", default="base", choices=PRESETS)
     arguments.add_argument("--batches", type=int, nargs="*", default=[1, 32, 256])
-    arguments.add_argument("--repeats", type=int, default=2)
+    arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--profile", type=int, nargs="*", default=[])
-    arguments.add_argument(
-        "--parts", nargs="*", default=["exact", "speed", "prefill", "transformers"]
-    )
+    arguments.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     given = arguments.parse_args()
     config = preset(given.preset)
     model = build(HybridForCausalLM, config).eval()
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    if "exact" in given.parts:
-        exactness(model)
-    if "speed" in given.parts:
-        speed(model, given.batches, given.repeats)
+    for name in given.parts:
+        if name in OURS:
+            took = seconds(partial(OURS[name], model, given))
+            say(f"-- {name}: {took:.0f} s")
     for batch in given.profile:
         profiled(model, batch)
-    if "prefill" in given.parts:
-        prefill(model)
     del model
     gc.collect()
     torch.cuda.empty_cache()
     if "transformers" in given.parts:
-        transformers_speed(config, [b for b in given.batches if b <= 32], 36)
+        transformers_speed(config, [b for b in given.batches if b <= 32], 20)
 
 
 if __name__ == "__main__":

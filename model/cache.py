@@ -227,10 +227,10 @@ class DecodeCache(Cache):
             slots=tuple(slots),
             lengths=lengths,
             held=tuple(past),
-            past=torch.tensor(past).to(device),
-            rows=rows.to(device),
-            table=table.to(device),
-            index=torch.tensor(slots).to(device),
+            past=sent(torch.tensor(past), device),
+            rows=sent(rows, device),
+            table=sent(table, device),
+            index=sent(torch.tensor(slots), device),
             is_fresh=not any(past),
         )
 

@@ -79,22 +79,32 @@ class Batch:
         self.fractions = {name: self._parts[i] for i, name in enumerate(FRACTIONS)}
         self.fill([])
 
-    def fill(self, live: Sequence[Sample]) -> None:
-        """Says who is in the batch: each sample's last token comes next."""
+    def fill(self, live: Sequence[Sample], tokens: Tensor | None = None) -> None:
+        """Says who is in the batch: each sample's last token comes next.
+
+        Args:
+            tokens: [len(live)] on the device, those of a step whose tokens the host has not seen;
+                None takes them from the samples.
+        """
         default = Sampling()
+        unseen = int(tokens is not None)
         rest = self.rows - len(live)
         whole, parts = [], []
         for sample in live:
             knobs = sample.group.request.sampling
             length = self.cache.lengths[sample.slot] + 1
             counters = knobs.top_k, knobs.seed & MASK_63, sample.index
-            whole.append((sample.tokens[-1], sample.slot, length, len(sample.tokens), 1, *counters))
+            last = 0 if unseen else sample.tokens[-1]
+            position = len(sample.tokens) + unseen
+            whole.append((last, sample.slot, length, position, 1, *counters))
             parts.append((knobs.temperature, knobs.top_p, knobs.min_p))
         whole += [(0, self.filler, 1, 0, 0, 0, 0, 0)] * rest
         parts += [(default.temperature, default.top_p, default.min_p)] * rest
         device = self._whole.device
         self._whole.copy_(sent(torch.tensor(whole, dtype=torch.int64).T.contiguous(), device))
         self._parts.copy_(sent(torch.tensor(parts, dtype=torch.float32).T.contiguous(), device))
+        if tokens is not None:
+            self.numbers["tokens"][: len(live)].copy_(tokens)
         self.live = list(live)
 
     def step(self) -> Out:

@@ -2,14 +2,14 @@
 
 One turn is: bring back what paused, admit what fits, prefill pieces of the new prompts, draw the
 first tokens from the logits that a group shares, fork the survivors, make room, then one decode
-step of all live samples.
+step of all live samples. Where nothing else is to be done first, the next turn's step is launched
+before this one's tokens are looked at: the device goes on while the host works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,30 +19,11 @@ from torch import Tensor
 from model import DecodeCache, HybridForCausalLM
 from rollout.native.int8 import in_place_of_live
 from rollout.native.prefix import Prefixes
-from rollout.native.scheduler import Limits, Scheduler, refuse_unless_it_fits
+from rollout.native.scheduler import Limits, Scheduler, Stats, refuse_unless_it_fits
 from rollout.native.sequence import Decode, Sample
-from rollout.native.turn import Runner, evaluating
+from rollout.native.turn import Flight, Runner, evaluating
 from rollout.sync import copy_weights
 from rollout.types import Completion, Request, Token
-
-
-@dataclass(frozen=True)
-class Stats:
-    """State of an engine.
-
-    Args:
-        num_live, num_paused: samples decoding, and those that wait on the host for pages.
-        num_pauses: since the engine was made.
-        num_prefix_tokens: prompt tokens that were not prefilled because they were known.
-        num_free_slots, num_free_pages: of the cache.
-    """
-
-    num_live: int
-    num_paused: int
-    num_pauses: int
-    num_prefix_tokens: int
-    num_free_slots: int
-    num_free_pages: int
 
 
 class NativeEngine:
@@ -73,6 +54,9 @@ class NativeEngine:
         own_bits: on a CPU, whether a request's numbers are its own to the last bit, whatever runs
             beside it; otherwise prompts are prefilled together, faster where they are short, and
             sums round as the company has it. CUDA never promises these bits.
+        ahead: where a decode step may be launched before the tokens of the one before are looked
+            at, so that the device does not wait for the host. Weights that change between two turns
+            are then sampled from one token later.
 
     Raises:
         ValueError: if a limit is below 1, or prefix_tokens does not fit.
@@ -105,6 +89,7 @@ class NativeEngine:
         experts: Literal["live", "int8"] = "live",
         keeps_cache: bool = True,
         own_bits: bool = True,
+        ahead: Literal["cuda", "always", "never"] = "cuda",
     ) -> None:
         for name, value, least in (
             ("max_slots", max_slots, 1),
@@ -136,6 +121,8 @@ class NativeEngine:
         self._prefixes = Prefixes(max_prefixes, prefix_tokens)
         self._plan = Scheduler(self.limits)
         self._runner: Runner | None = None
+        self._flight: Flight | None = None
+        self._looks_ahead = ahead == "always" or (ahead == "cuda" and plain.device.type == "cuda")
         self._cancelled: list[Token] = []
         self._is_busy = False
         self._fault = ""
@@ -276,7 +263,7 @@ class NativeEngine:
                 "for their end before release"
             )
         self._prefixes.clear(None)
-        self._runner = None
+        self._runner = self._flight = None
 
     def close(self) -> None:
         """Ends the engine and all that is in flight; the model stays as it is."""
@@ -315,7 +302,7 @@ class NativeEngine:
             # what a broken turn left half done is not to be trusted
             self._abandon()
             self._prefixes.clear(None)
-            self._runner = None
+            self._runner = self._flight = None
             raise
 
     def _open(self) -> Runner:
@@ -337,6 +324,23 @@ class NativeEngine:
 
     def _turn(self, runner: Runner) -> list[tuple[Sample, Token]]:
         plan, cache = self._plan, runner.cache
+        told: list[tuple[Sample, Token]] = []
+        flight, self._flight = self._flight, None
+        if flight is None or not flight.is_awaited:
+            told = self._admit(runner)
+            plan.make_room(cache, self._prefixes)
+            if not plan.live:
+                return told
+            flight = runner.launch(plan.live)
+        if self._looks_ahead and (staying := plan.staying(cache)):
+            self._flight = runner.launch(staying, behind=flight)
+        decoded = self._take(*runner.land(flight))
+        plan.end([sample for sample, token in decoded if token.completion is not None], cache)
+        return told + decoded
+
+    def _admit(self, runner: Runner) -> list[tuple[Sample, Token]]:
+        """Prefills who is new and gives the first tokens of those who start."""
+        plan, cache = self._plan, runner.cache
         pieces, started = plan.admit(cache, self._prefixes)
         for piece in pieces:
             if piece.group.version is None:
@@ -355,12 +359,6 @@ class NativeEngine:
             if takes_root:
                 group.root, group.logits = -1, None
         plan.end(list(ended), cache)
-        plan.make_room(cache, self._prefixes)
-        if plan.live:
-            live = list(plan.live)
-            decoded = self._take(live, runner.decode(live))
-            plan.end([sample for sample, token in decoded if token.completion is not None], cache)
-            told += decoded
         return told
 
     def _take(

@@ -57,6 +57,25 @@ class Piece:
     end: int
 
 
+@dataclass(frozen=True)
+class Stats:
+    """State of an engine.
+
+    Args:
+        num_live, num_paused: samples decoding, and those that wait on the host for pages.
+        num_pauses: since the engine was made.
+        num_prefix_tokens: prompt tokens that were not prefilled because they were known.
+        num_free_slots, num_free_pages: of the cache.
+    """
+
+    num_live: int
+    num_paused: int
+    num_pauses: int
+    num_prefix_tokens: int
+    num_free_slots: int
+    num_free_pages: int
+
+
 class Scheduler:
     """Admits samples, first come first served, within the limits.
 
@@ -105,10 +124,9 @@ class Scheduler:
     def admit(self, cache: DecodeCache, prefixes: Prefixes) -> tuple[list[Piece], list[Sample]]:
         """What this turn prefills, and which samples start after it."""
         self._resume(cache, prefixes)
-        slots = cache.num_free_slots
-        wanted = min(self.batch_slots, sum(group.num_waiting for group in self.waiting))
-        if self.swapped or not self.waiting or (self.live and slots < wanted):
+        if self.swapped or not self._may_admit(cache):
             return [], []
+        slots = cache.num_free_slots
         budget = self.limits.prefill_tokens
         pages = self._spare_pages(cache, prefixes)
         pieces: list[Piece] = []
@@ -117,7 +135,8 @@ class Scheduler:
             group = self.waiting[0]
             if group.root < 0:
                 needed = pages_of(len(group.request.prompt), self.limits.page_tokens)
-                if not slots or needed > pages:
+                first = min(len(group.request.prompt), self.limits.chunk_tokens)
+                if not slots or needed > pages or (pieces and first > budget):
                     break
                 slots -= 1
                 pages += self._open(group, cache, prefixes)
@@ -143,6 +162,31 @@ class Scheduler:
             self.waiting.popleft()
         self._make_free(sum(map(self._new_pages, pieces)), cache, prefixes)
         return pieces, started
+
+    def staying(self, cache: DecodeCache) -> list[Sample]:
+        """Who decodes again after a step in flight, whatever its tokens are, short of a stop.
+
+        Empty if something else may come first: a prompt, a sample that paused, a page to be freed.
+        """
+        if self.swapped or self._may_admit(cache):
+            return []
+        staying = [
+            sample
+            for sample in self.live
+            if len(sample.tokens) + 1 < sample.group.request.sampling.max_new_tokens
+        ]
+        needy = cache.needy([sample.slot for sample in staying])
+        return staying if len(needy) <= cache.num_free_pages else []
+
+    def _may_admit(self, cache: DecodeCache) -> bool:
+        if not self.waiting or not self.live:
+            return bool(self.waiting)
+        first = self.waiting[0]
+        if first.root >= 0 and first.num_prefilled < len(first.request.prompt):
+            return True
+        wanted = min(self.batch_slots, sum(group.num_waiting for group in self.waiting))
+        # a root holds the slot of its group's last sample
+        return cache.num_free_slots + (first.root >= 0 and first.num_waiting == 1) >= wanted
 
     def make_room(self, cache: DecodeCache, prefixes: Prefixes) -> None:
         """Frees pages until every live sample can take a token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,7 +51,8 @@ class Group:
     @cached_property
     def tokens(self) -> Tensor:
         """[P] int64 on the host: the prompt."""
-        return torch.tensor(self.request.prompt, dtype=torch.int64)
+        # by way of an array: torch takes four times as long over a tuple of numbers
+        return torch.frombuffer(array("q", self.request.prompt), dtype=torch.int64)
 
     @property
     def num_waiting(self) -> int:

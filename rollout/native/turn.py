@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,35 @@ from rollout.native.prefix import Prefixes
 from rollout.native.sampler import Knobs, draw, refuse_broken
 from rollout.native.scheduler import Piece
 from rollout.native.sequence import Sample
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A decode step that was launched, and what comes back of it.
+
+    Args:
+        samples: whose token each row is, in order.
+        tokens: [R] int64 on the device, of which the first are theirs.
+        columns, experts: as in `Out`, on the host; of meaning once `landed` has happened.
+        landed: None on a CPU, which waits.
+    """
+
+    samples: list[Sample]
+    tokens: Tensor
+    columns: Tensor
+    experts: Tensor | None
+    landed: torch.cuda.Event | None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether any of its samples still runs."""
+        return any(sample.slot >= 0 for sample in self.samples)
+
+    def tokens_of(self, samples: Sequence[Sample]) -> Tensor:
+        """[len(samples)] on the device, which the host need not have seen."""
+        rows = {sample: row for row, sample in enumerate(self.samples)}
+        wanted = torch.tensor([rows[sample] for sample in samples], dtype=torch.int64)
+        return self.tokens.index_select(0, sent(wanted, self.tokens.device))
 
 
 class Runner:
@@ -103,33 +133,57 @@ class Runner:
         numbers = (drawn.tokens, drawn.logprobs, drawn.filtered_logprobs, drawn.kept_mass)
         return _columns(torch.stack([number.double() for number in numbers]))
 
-    def decode(self, live: Sequence[Sample]) -> list[list[float]]:
-        """One token of every live sample: token, logprob, filtered logprob, kept mass, a column
-        each."""
-        slots = [sample.slot for sample in live]
-        self.cache.begin_decode(slots)
-        out = self._step(live)
-        self.cache.count(slots)
-        if out.experts is not None:
-            for sample, row in zip(live, out.experts[: len(live)].cpu(), strict=True):
-                if sample.group.request.return_experts:
-                    sample.experts.append(row[None])
-        return _columns(out.columns[:, : len(live)])
+    def launch(self, samples: Sequence[Sample], behind: Flight | None = None) -> Flight:
+        """Starts a decode step of samples that have room for a token, and counts it.
 
-    def _step(self, live: Sequence[Sample]) -> Out:
+        Args:
+            behind: a step that holds their last tokens, which the host has not seen.
+        """
+        slots = [sample.slot for sample in samples]
+        self.cache.begin_decode(slots)
+        batch, out = self._step(list(samples), behind)
+        self.cache.count(slots)
+        columns, experts = (
+            None if x is None else x.to("cpu", non_blocking=True)
+            for x in (out.columns, out.experts)
+        )
+        assert columns is not None, "every step leaves columns"
+        landed = None
+        if self.device.type == "cuda":
+            landed = torch.cuda.Event()
+            landed.record()
+        return Flight(list(samples), batch.numbers["tokens"], columns, experts, landed)
+
+    def land(self, flight: Flight) -> tuple[list[Sample], list[list[float]]]:
+        """Waits for a step: whose tokens it gave, and a column each of token, logprob, filtered
+        logprob and kept mass. Those who have ended since it was launched are left out."""
+        if flight.landed is not None:
+            flight.landed.synchronize()
+        rows = [row for row, sample in enumerate(flight.samples) if sample.slot >= 0]
+        live = [flight.samples[row] for row in rows]
+        if flight.experts is not None:
+            for row, sample in zip(rows, live, strict=True):
+                if sample.group.request.return_experts:
+                    sample.experts.append(flight.experts[row][None].clone())
+        return live, _columns(flight.columns[:, rows])
+
+    def _step(self, live: list[Sample], behind: Flight | None) -> tuple[Batch, Out]:
         rows = bucket(len(live)) if self._uses_graphs else max(len(live), least_rows(self._probe))
         if rows not in self._batches:
             self._batches[rows] = Batch(self.model, self.cache, filler=self.filler, rows=rows)
         batch = self._batches[rows]
         if self._loaded is not batch or batch.live != live or not self._is_captured(batch):
+            # before anything is written: it may be this batch that holds them
+            tokens = None if behind is None else behind.tokens_of(live)
             batch.flags = Flags.of(live)
             if not self._is_captured(batch):
                 # a capture's runs before it write where nobody reads
                 batch.fill([])
                 self._graphs.capture((rows, batch.flags), batch.step)
-            batch.fill(live)
+            batch.fill(live, tokens)
             self._loaded = batch
-        return self._graphs.replay((rows, batch.flags)) if self._uses_graphs else batch.step()
+        key = rows, batch.flags
+        return batch, self._graphs.replay(key) if self._uses_graphs else batch.step()
 
     def _is_captured(self, batch: Batch) -> bool:
         return not self._uses_graphs or (batch.rows, batch.flags) in self._graphs

@@ -13,7 +13,7 @@ from rollout.types import Completion, Request, Sampling
 VOCABULARY = 64
 
 
-def make_model(seed: int = 0, layers: int = 3) -> HybridForCausalLM:
+def make_model(seed: int = 0, layers: int = 3, spread: float = 0.3) -> HybridForCausalLM:
     torch.manual_seed(seed)
     config = preset(
         "tiny",
@@ -25,7 +25,7 @@ def make_model(seed: int = 0, layers: int = 3) -> HybridForCausalLM:
         rotary_dim=8,
         layer_types=["linear_attention", "full_attention", "linear_attention"][:layers],
         # larger than the usual 0.02, so that the distributions are far from uniform
-        initializer_range=0.3,
+        initializer_range=spread,
     )
     return HybridForCausalLM(config)
 

@@ -103,6 +103,53 @@ def test_freed_slots_are_collected_so_that_prompts_are_prefilled_together():
     assert len(run.admit()[1]) == 4
 
 
+def test_as_many_prompts_as_slots_all_start_before_one_ends():
+    limits = Limits(32, 999, 8, prefill_tokens=32, chunk_tokens=32)
+    run = Run([request("a", 8, 40) for _ in range(32)], limits)
+    for turn in range(1, 9):
+        assert len(run.admit()[1]) == 4
+        assert len(run.plan.live) == 4 * turn
+        run.decode()
+    assert not run.plan.waiting
+
+
+def test_a_long_prompt_begun_goes_on_whatever_else_waits():
+    limits = Limits(32, 999, 8, prefill_tokens=32, chunk_tokens=32)
+    run = Run([request("short", 8, 40)], limits)
+    assert names(run.admit()[1]) == [("short", 0)]
+    for new in (request("long", 90, 4), *(request("later", 8, 4) for _ in range(9))):
+        run.plan.add(new)
+    assert [piece.end for piece in run.admit()[0]] == [32]
+    for _ in range(run.cache.num_free_slots - 1):
+        run.cache.allocate()
+    assert [piece.end for piece in run.admit()[0]] == [64]
+    assert names(run.admit()[1]) == [("long", 0)]
+    # one slot is free, and four would be taken together
+    assert run.admit() == ([], [])
+
+
+def test_who_stays_after_a_step_is_known_before_its_tokens():
+    run = Run([request("a", 3, 3), request("b", 3, 9)], Limits(2, 4, 4))
+    run.admit()
+    assert names(run.plan.staying(run.cache)) == [("a", 0), ("b", 0)]
+    run.decode()
+    # a takes its last token in the step that runs
+    assert names(run.plan.staying(run.cache)) == [("b", 0)]
+    # c has no slot yet, and then it has one
+    run.plan.add(request("c", 3, 3))
+    assert names(run.plan.staying(run.cache)) == [("b", 0)]
+    run.plan.end(run.plan.live[:1], run.cache)
+    assert run.plan.staying(run.cache) == []
+    run.plan.cancel(run.plan.waiting[0], run.cache)
+    # b needs a page from its ninth token on, and none is free
+    for _ in range(4):
+        run.feed(run.plan.live[0].slot, 1)
+    taken = [run.cache._take() for _ in range(run.cache.num_free_pages)]
+    assert run.plan.staying(run.cache) == []
+    run.cache.release(taken)
+    assert names(run.plan.staying(run.cache)) == [("b", 0)]
+
+
 def test_prompts_are_cut_at_fixed_places_and_the_budget_holds_a_turn():
     limits = Limits(9, 100, 8, prefill_tokens=20, chunk_tokens=16)
     run = Run([request("a", 10, 2), request("b", 40, 2), request("c", 5, 2)], limits)
