@@ -13,8 +13,8 @@ and some text as a language model once (`--lm-epochs`), and every run starts fro
 Arms see the same pairs equally often in as many steps: `none` in random order; `curriculum` by the
 difficulty of the data and the phases leaf, dimension, whole; `unphased` by the difficulty alone;
 `refreshed` as `curriculum`, but also by the model's own margin, opened by its competence, for which
-it reads all training pairs again without a backward (said in the table). Differences are paired: mean over pairs of (arm - none), averaged over seeds;
-their standard error is over pairs.
+it reads all training pairs again without a backward (said in the table). Differences are paired:
+mean over pairs of (arm - none), averaged over seeds; their standard error is over pairs.
 
 Every finished run is a line of `runs.jsonl` in --out at once, and the same command goes on where a
 cut left it. `--tables FILE` prints the tables of such a file.
