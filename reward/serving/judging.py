@@ -10,6 +10,7 @@ from reward.hierarchy import sigmoid
 from reward.scorer import InProcessScorer
 from reward.serving.batching import (
     Batcher,
+    BrokenError,
     Judged,
     Limits,
     NeverFitsError,
@@ -32,6 +33,8 @@ from reward.wire import (
     read_label,
 )
 
+# After which a client asks again whether the service was started anew.
+RESTART_S = 5
 ReadText = Callable[[str, str], Task | None]
 
 
@@ -206,6 +209,9 @@ class Service:
             raise RefusedError(413, "too_large", str(error)) from error
         except WrongItemsError as error:
             raise _refused_items(error.items) from error
+        except BrokenError as error:
+            text = f"the reward model can judge nothing more, start the service anew: {error}"
+            raise RefusedError(503, "broken", text, retry_s=RESTART_S) from error
         self.metrics.scored(
             num_items=len(found),
             num_tokens=sum(one.num_tokens for one in found),
