@@ -378,7 +378,7 @@ def test_what_cannot_be_trained_is_an_error(tmp_path):
         "no training pair labels overall, which alone trains the gate", tmp_path, hierarchy=learned
     )
     write_pairs(tmp_path / "pairs.jsonl", 20, ("style", "overall"))
-    expect("labels correctness, .* with a learned gate overall", tmp_path, hierarchy=learned)
+    expect(r"labels correctness, .* \(with a learned gate overall", tmp_path, hierarchy=learned)
 
 
 def test_a_sharded_launch_is_refused(tmp_path):
