@@ -8,18 +8,17 @@ from dataclasses import dataclass, field, replace
 
 from reward.hierarchy import sigmoid
 from reward.scorer import InProcessScorer
-from reward.serving.batching import (
-    Batcher,
+from reward.serving.batching import Batcher, Rule
+from reward.serving.metrics import Metrics
+from reward.serving.types import (
     BrokenError,
     Judged,
     Limits,
     NeverFitsError,
     QueueFullError,
-    Rule,
     Task,
     WrongItemsError,
 )
-from reward.serving.metrics import Metrics
 from reward.types import Item
 from reward.wire import (
     ErrorCode,

@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 from reward.hierarchy import sigmoid
 from reward.scorer import InProcessScorer
 from reward.service import create_app
-from reward.serving.batching import Limits
 from reward.serving.judging import Service, Settings
+from reward.serving.types import Limits
 from reward.types import Item, Verdict
 from reward.wire import ScoreItem
 from tests.reward.live import served

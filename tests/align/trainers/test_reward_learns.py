@@ -36,7 +36,9 @@ GOAL = 0.95
 # Task and ways -> the dimension that decides there.
 DECIDES = {
     ("copy", ("near_miss",)): "correctness",
+    ("arithmetic", ("other_answer",)): "correctness",
     ("constraints", ("violated",)): "helpfulness",
+    ("sort", ("impolite",)): "helpfulness",
     ("safety", ("unsafe", "over_refusal")): "harmlessness",
 }
 TREE = {
@@ -88,8 +90,10 @@ def standard_error(values: Sequence[float]) -> float:
 def test_pairs_of_every_difficulty_are_ranked_right(ladder):
     report = json.loads((ladder / "report.json").read_text())
     found = {one["eval"]: one["after"] for one in report["evals"] if one["stage"] == "reward"}
-    values = [found[f"pairs-{third}"] for third in ("easy", "medium", "hard")]
-    assert statistics.fmean(values) >= GOAL, values
+    thirds = {third: found[f"pairs-{third}"] for third in ("easy", "medium", "hard")}
+    assert min(thirds.values()) >= GOAL, thirds
+    # Five tasks weigh alike, sums among them.
+    assert (4 * statistics.fmean(thirds.values()) + found["sums"]) / 5 >= GOAL, found
 
 
 def test_the_gate_weighs_most_the_dimension_that_decides(ladder):

@@ -10,8 +10,8 @@ import torch
 
 from reward.hierarchy import HIERARCHY
 from reward.scorer import Encoded, Heads, InProcessScorer
-from reward.serving.batching import (
-    Batcher,
+from reward.serving.batching import Batcher
+from reward.serving.types import (
     BrokenError,
     Limits,
     NeverFitsError,
