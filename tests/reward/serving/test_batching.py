@@ -248,9 +248,12 @@ class Faulty(InProcessScorer):
         model = tiny()
         super().__init__(model.hierarchy, model, encode, encode_prompt=encode_prompt)
         self.error, self.is_lost, self.forwards = error, is_lost, 0
+        self.go = threading.Event()
+        self.go.set()
 
     def read_heads(self, batch: list[Encoded]) -> list[Heads]:
         self.forwards += 1
+        assert self.go.wait(30)
         if self.is_lost or any(len(one.tokens) > 10 for one in batch):
             raise self.error
         return super().read_heads(batch)
@@ -276,9 +279,11 @@ def test_an_item_that_cannot_be_read_spoils_neither_its_neighbours_nor_the_servi
 
 def test_a_lost_device_is_a_failure_for_all_who_wait_and_all_who_come():
     judge = Faulty(LOST, is_lost=True)
+    judge.go.clear()
     batcher = Batcher(judge, Limits(batch_tokens=1))
     ruled = item("5", answer="5", verifier="math")
     waiting = [batcher.submit(tasks([one, one])) for one in (item("5"), ruled, item("6"))]
+    judge.go.set()
     for future in waiting:
         with pytest.raises(BrokenError, match="device-side assert"):
             future.result(30)
