@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from align.data.render import render_continuation
 from align.prompts import malformed
 from reward.scorer import Encoded
-from reward.serving.batching import Task
+from reward.serving.types import Task
 from reward.types import Item
 
 

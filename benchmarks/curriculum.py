@@ -1,6 +1,6 @@
 """Does a curriculum help a reward model? Real preference rows, held-out accuracy, equal compute.
 
-    python -m benchmarks.curriculum --data FOLDER [--seeds 3] [--arms none curriculum refreshed]
+    python -m benchmarks.curriculum --data FOLDER [--seeds 3] [--arms none curriculum ...]
 
 FOLDER holds the rows in their publishers' fields: `preference/` (HH harmless, PandaLM with three
 annotators, Tulu human eval, LLMs-from-scratch, LLMBar), `safety/` (XSTest completions, measured but
@@ -11,10 +11,13 @@ No pretrained base is used: the preset starts from random weights, learns these 
 and some text as a language model once (`--lm-epochs`), and every run starts from that.
 
 Arms see the same pairs equally often in as many steps: `none` in random order; `curriculum` by the
-difficulty of the data and the phases leaf, dimension, whole; `refreshed` also by the model's own
-margin, opened by its competence, for which it reads all training pairs again without a backward
-(said in the table). Differences are paired: mean over pairs of (arm - none), averaged over seeds;
-their standard error is over pairs.
+difficulty of the data and the phases leaf, dimension, whole; `unphased` by the difficulty alone;
+`refreshed` as `curriculum`, but also by the model's own margin, opened by its competence, for which
+it reads all training pairs again without a backward (said in the table). Differences are paired:
+mean over pairs of (arm - none), averaged over seeds; their standard error is over pairs.
+
+Every finished run is a line of `runs.jsonl` in --out at once, and the same command goes on where a
+cut left it. `--tables FILE` prints the tables of such a file.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -75,8 +79,12 @@ TREE = {
 ARMS: dict[str, Any] = {
     "none": "none",
     "curriculum": {"pacing": "root"},
+    "unphased": {"pacing": "root", "leaves_first": False},
     "refreshed": {"pacing": "competence", "model_weight": 1.0, "refreshes": 4},
 }
+# By arm and seed: metrics, what the record says by quarter, difficulty and lead of held-out pairs.
+Runs = Mapping[tuple[str, int], Any]
+RUNS_FILE = "runs.jsonl"
 DEV_SHARE = 0.2
 CAPACITY = 4096
 
@@ -187,7 +195,7 @@ def make_base(folder: Path, options: argparse.Namespace) -> None:
 
 
 def train(folder: Path, arm: str, seed: int, options: argparse.Namespace) -> None:
-    """One run; leaves every held-out pair's lead in `arm-seed/leads.json`."""
+    """One run; leaves every held-out pair's difficulty and lead in `arm-seed/told.json`."""
     config = reward.RewardConfig.model_validate(
         {
             **shared(options),
@@ -210,11 +218,17 @@ def train(folder: Path, arm: str, seed: int, options: argparse.Namespace) -> Non
         pairs = [p for p in pairs if len(p.chosen.tokens) + len(p.rejected.tokens) <= CAPACITY]
         leads = pair_leads(model, pairs, precision=lambda: reward.autocast(config, job.accelerator))
         found[name] = [
-            (difficulty(pair_facts(pair, model.hierarchy), CurriculumConfig()), lead)
+            (round(difficulty(pair_facts(pair, model.hierarchy), CurriculumConfig()), 6), lead)
             for pair, lead in zip(pairs, leads, strict=True)
         ]
-    told = {"metrics": outcome.metrics, "leads": found, "pacing": pacing_told(job.artifact)}
-    (job.folder / "leads.json").write_text(json.dumps(told), encoding="utf-8")
+    told = {
+        "arm": arm,
+        "seed": seed,
+        "metrics": outcome.metrics,
+        "pacing": pacing_told(job.artifact),
+        "leads": found,
+    }
+    (job.folder / "told.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
     metrics = outcome.metrics
     print(
         f"{arm} {seed}: {metrics['step']:.0f} steps, {metrics['tokens']:.0f} tokens in "
@@ -247,42 +261,59 @@ def pacing_told(artifact: Path) -> dict[str, list[float]]:
 
 
 def run_all(folder: Path, given: Sequence[str], options: argparse.Namespace) -> None:
-    """Every arm and seed, some beside each other, each a process of its own."""
-    waiting = [(arm, seed) for seed in range(options.seeds) for arm in options.arms]
-    running: list[subprocess.Popen[bytes]] = []
+    """Every arm and seed not told of yet, some beside each other, each a process of its own."""
+    done = read_runs(folder / RUNS_FILE)
+    waiting = [
+        (arm, seed)
+        for arm in options.arms
+        for seed in range(options.seeds)
+        if (arm, seed) not in done
+    ]
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     while waiting or running:
         while waiting and len(running) < options.parallel:
             arm, seed = waiting.pop(0)
             command = [sys.executable, "-m", "benchmarks.curriculum", *given]
-            running.append(subprocess.Popen([*command, "--worker", arm, str(seed)]))
-        if running.pop(0).wait():
-            raise RuntimeError("a run failed; its message stands above")
+            running[arm, seed] = subprocess.Popen([*command, "--worker", arm, str(seed)])
+        for (arm, seed), process in list(running.items()):
+            if process.poll() is None:
+                continue
+            if process.returncode:
+                raise RuntimeError(f"{arm} {seed} failed; its message stands above")
+            del running[arm, seed]
+            told = (folder / f"{arm}-{seed}/told.json").read_text(encoding="utf-8")
+            with (folder / RUNS_FILE).open("a", encoding="utf-8") as file:
+                file.write(told)
+        time.sleep(0.1)
 
 
-def tables(folder: Path, options: argparse.Namespace) -> Iterator[Table]:
-    told = {
-        (arm, seed): json.loads((folder / f"{arm}-{seed}/leads.json").read_text())
-        for arm in options.arms
-        for seed in range(options.seeds)
-    }
-    rows = groups(told[options.arms[0], 0]["leads"])
-    table = Table(
-        "held-out pairs", "number", *options.arms, *(f"{a} - none" for a in options.arms[1:])
-    )
+def read_runs(path: Path) -> Runs:
+    """What finished runs left, by arm and seed."""
+    if not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(line["arm"], line["seed"]): line for line in lines}
+
+
+def tables(told: Runs) -> Iterator[Table]:
+    """Of the arms and seeds that were run; differences are over the seeds that both arms have."""
+    arms = [arm for arm in ARMS if any(arm == one for one, _ in told)]
+    seeds = {arm: sorted(seed for one, seed in told if one == arm) for arm in arms}
+    rows = groups(told[arms[0], seeds[arms[0]][0]]["leads"])
+    table = Table("held-out pairs", "number", *arms, *(f"{arm} - none" for arm in arms[1:]))
     for label, members in rows.items():
-        means = {arm: per_pair(told, arm, members, options.seeds) for arm in options.arms}
-        differences = [
-            [mine - plain for mine, plain in zip(means[arm], means[options.arms[0]], strict=True)]
-            for arm in options.arms[1:]
-        ]
-        cells = [shown(values) for values in (*means.values(), *differences)]
+        cells = [shown(per_pair(told, arm, members, seeds[arm])) for arm in arms]
+        for arm in arms[1:]:
+            both = sorted({*seeds[arm]} & {*seeds[arms[0]]})
+            mine, plain = (per_pair(told, one, members, both) for one in (arm, arms[0]))
+            cells.append(shown([a - b for a, b in zip(mine, plain, strict=True)]))
         table.add_row(label, str(len(members)), *cells)
     yield table
     table = Table(
         "arm", "steps", "trained tokens", "read again", "by seed", "mean, error over seeds"
     )
-    for arm in options.arms:
-        metrics = [told[arm, seed]["metrics"] for seed in range(options.seeds)]
+    for arm in arms:
+        metrics = [told[arm, seed]["metrics"] for seed in seeds[arm]]
         values = [m["after/accuracy"] for m in metrics]
         config = ARMS[arm]
         times = config.get("refreshes", 0) if isinstance(config, dict) else 0
@@ -296,8 +327,8 @@ def tables(folder: Path, options: argparse.Namespace) -> Iterator[Table]:
         )
     yield table
     table = Table("arm", "of seed 0", "first quarter", "second", "third", "last")
-    for arm in options.arms:
-        for key, values in told[arm, 0]["pacing"].items():
+    for arm in arms:
+        for key, values in told[arm, seeds[arm][0]]["pacing"].items():
             table.add_row(arm, key, *(f"{value:.3f}" for value in values))
     yield table
 
@@ -334,11 +365,11 @@ def groups(leads: Mapping[str, Sequence[Any]]) -> dict[str, list[tuple[str, int]
 
 
 def per_pair(
-    told: Mapping[tuple[str, int], Any], arm: str, members: Sequence[tuple[str, int]], seeds: int
+    told: Runs, arm: str, members: Sequence[tuple[str, int]], seeds: Sequence[int]
 ) -> list[float]:
     """Share of the seeds that rank each pair right."""
     return [
-        statistics.fmean(won(told[arm, seed]["leads"][name][i][1]) for seed in range(seeds))
+        statistics.fmean(won(told[arm, seed]["leads"][name][i][1]) for seed in seeds)
         for name, i in members
     ]
 
@@ -347,13 +378,13 @@ def shown(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.3f}"
     error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.fmean(values):+.3f} ± {error:.3f}".replace("+0", "0")
+    return f"{statistics.fmean(values):.3f} ± {error:.3f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/curriculum"))
     parser.add_argument("--preset", default="small")
     parser.add_argument("--seeds", type=int, default=3)
@@ -365,16 +396,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lm-epochs", type=int, default=2)
     parser.add_argument("--max-steps", type=int, default=0, help="cuts every stage, for a trial")
     parser.add_argument("--limit", type=int, default=0, help="rows of each file, for a trial")
+    parser.add_argument("--tables", type=Path, help="only prints what this file of runs says")
     parser.add_argument("--worker", nargs=2, help="one arm and seed; the command itself uses it")
     options = parser.parse_args(given)
     if options.worker:
         train(options.out, options.worker[0], int(options.worker[1]), options)
         return
-    prepare(options.data, options.out, options.limit)
-    make_base(options.out, options)
-    run_all(options.out, given, options)
+    if not options.tables:
+        if not options.data:
+            parser.error("--data is needed to run anything")
+        if not (options.out / "base/artifact/config.json").exists():
+            prepare(options.data, options.out, options.limit)
+            make_base(options.out, options)
+        run_all(options.out, given, options)
     console = Console(width=150)
-    for table in tables(options.out, options):
+    for table in tables(read_runs(options.tables or options.out / RUNS_FILE)):
         console.print(table)
 
 

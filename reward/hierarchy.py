@@ -131,7 +131,8 @@ class Hierarchy(BaseModel):
     dimensions: dict[DimensionName, Dimension] = Field(min_length=1)
     """Dimensions by name, in the order of the gate."""
     gate: Literal["declared", "learned"] = "declared"
-    """Who weighs the dimensions: the weights above, or a head that reads the prompt."""
+    """Who weighs the dimensions: the weights above, or a head that reads the prompt. Pairs labelled
+    `overall` train the heads under declared weights, and a learned gate alone."""
 
     @model_validator(mode="after")
     def _one_place_each(self) -> Self:

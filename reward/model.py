@@ -2,8 +2,12 @@
 
 The heads read the hidden state at the last token of each sequence, which is the end of the
 response's turn; the gate reads it at the last token of the prompt, so it cannot be moved by what
-the response says. On disk it is an ordinary trunk checkpoint with two files beside it:
-`heads.safetensors` and `reward.json` (signals, hierarchy, version).
+the response says. Pairs labelled with the whole score are all that trains a learned gate, and they
+train nothing else, so it comes to weigh highest the dimension that tells answers to such a prompt
+apart.
+
+On disk it is an ordinary trunk checkpoint with two files beside it: `heads.safetensors` and
+`reward.json` (signals, hierarchy, version).
 """
 
 from __future__ import annotations
@@ -38,7 +42,8 @@ class RewardOutput:
         values: [S, N] fp32, each sequence's value under each head; any real number.
         overall: [S] fp32, the heads' gate-weighted total: the hierarchy's weights on raw values
             instead of their sigmoids, so that pairs labelled with nothing finer can be learned
-            without saturation. Floors and ceilings are the score's, not its.
+            without saturation. Floors and ceilings are the score's, not its. With a learned gate
+            its gradient reaches the gate alone: the heads have labels of their own.
         gate: [S, M] fp32, weights of the hierarchy's M dimensions, sum 1; None without a learned
             gate.
         labelled: [S, L] fp32, what each of `RewardModel.labels` speaks about: the values, the
@@ -151,8 +156,13 @@ class RewardModel(nn.Module):
         means = values @ shares
         if gate is None:
             gate = values.new_tensor([[d.weight for d in tree.values()]])
+            totalled = means
+        else:
+            # If such a pair trained the heads too, every head would learn to rank every task, all
+            # would lead alike, and nothing would be left to tell the gate which dimension decides.
+            totalled = means.detach()
         weights = gate[:, [place for place, name in enumerate(tree) if name in headed]]
-        overall = (means * weights).sum(-1) / weights.sum(-1)
+        overall = (totalled * weights).sum(-1) / weights.sum(-1)
         named = [headed.index(name) for name in self.labels[len(self.signals) : -1]]
         return means[:, named], overall
 

@@ -202,6 +202,18 @@ class InProcessScorer:
             )
         ]
 
+    def check_device(self) -> None:
+        """Reads one number of the reward model.
+
+        After a fatal error of a device every later call there fails as well, while memory that ran
+        out is free again; so this tells an item that cannot be read from a device that is lost.
+
+        Raises: RuntimeError, as the device does, where it is lost.
+        """
+        if self._model is not None:
+            # Allocates nothing, waits for what was started before.
+            self._model.values.weight[0, 0].item()
+
     def combine(self, rules: Mapping[str, Verdict], heads: Heads | None) -> Score:
         """One score from an item's rules and heads.
 

@@ -7,8 +7,12 @@
 
 A request is answered as a whole: every item has its score, or the request is refused and says
 which items are at fault. Over-long input is refused, never truncated; a judge that failed gives
-`valid: false`, never 0. The rooms behind it: `serving.door` refuses, `reward.serving.judging`
-asks, `.batching` packs and scores; `reward.wire` is the form of it all.
+`valid: false`, never 0. Where the device is lost (a fatal CUDA error, say), nothing more can be
+judged: /health says `broken` with 503, and so does every request, until whoever watches it starts
+the process anew; clients ask again until then.
+
+The rooms behind it: `serving.door` refuses, `reward.serving.judging` asks, `.batching` packs and
+scores; `reward.wire` is the form of it all.
 """
 
 from __future__ import annotations
@@ -53,7 +57,7 @@ REFUSALS = {
     413: "more than the service takes at once",
     422: "the body, or some of its items, cannot be judged",
     429: "the queue is full; Retry-After says for how long",
-    503: "the service is stopping",
+    503: "the service is stopping, or broken",
 }
 CODES: dict[int, ErrorCode] = {
     401: "unauthorized",
@@ -144,13 +148,15 @@ def _add_watching(app: FastAPI, service: Service, door: Door) -> None:
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
         """Whether the service takes requests, and who judges."""
+        failure = service.batcher.failure
         told = Health(
-            status="draining" if door.is_closing else "ok",
+            status="broken" if failure else "draining" if door.is_closing else "ok",
+            reason=failure,
             judge=service.judge,
             queue_items=service.batcher.queue_items,
             queue_tokens=service.batcher.queue_tokens,
         )
-        status = 503 if door.is_closing else 200
+        status = 200 if told.status == "ok" else 503
         return Response(told.model_dump_json(), status_code=status, media_type=JSON)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, mo
 from reward.types import Item, Score, Verdict
 
 ErrorCode = Literal[
+    "broken",
     "draining",
     "empty",
     "internal",
@@ -280,7 +281,10 @@ class ErrorResponse(_Strict):
 class Health(_Strict):
     """Whether the service takes requests."""
 
-    status: Literal["ok", "draining"]
+    status: Literal["ok", "draining", "broken"]
+    """`broken`: it answers nothing with scores any more and has to be started anew."""
+    reason: str = ""
+    """What broke it."""
     judge: Judge
     queue_items: int
     queue_tokens: int

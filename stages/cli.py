@@ -226,7 +226,7 @@ def serve_reward(
     with guarded(traceback):
         import torch
 
-        from reward.serving.batching import Limits
+        from reward.serving.types import Limits
         from reward.verifiers.judge import open_judge
         from serving.keys import key_of
 

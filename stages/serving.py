@@ -18,8 +18,8 @@ from align.prompts import PAGE_TOKENS, PREFILL_TOKENS, end_of_turn
 from align.queries import query_reader
 from align.questions import read_calibration
 from reward.service import Server, create_app
-from reward.serving.batching import Limits
 from reward.serving.judging import Service, Settings
+from reward.serving.types import Limits
 from reward.types import Message
 from reward.verifiers.judge import JudgeModel
 from rollout.native.engine import NativeEngine

@@ -1,7 +1,8 @@
 """Kind `reward`: preference pairs to a reward model with one head per signal.
 
 Each pair trains what its label speaks about (Bradley-Terry): one head, the weighted mean of a
-dimension's heads, or (`overall`) the gate-weighted total of all. Heads are read where the
+dimension's heads, or (`overall`) the gate-weighted total of all; a learned gate is trained by the
+last of these, and then they train nothing else. Heads are read where the
 response's turn ends, the gate where the prompt ends. The artifact is a reward folder
 (`reward.model`) with the tokenizer, the held-out report and the record of which pair was seen when.
 """
@@ -354,17 +355,26 @@ def _facts(
 
 def _check_heads(config: RewardConfig, pairs: Sequence[Pair]) -> None:
     tree, labels = config.hierarchy, {pair.signal for pair in pairs}
+    shown = ", ".join(sorted(labels))
+    is_learned = tree.gate == "learned"
+    if is_learned and OVERALL not in labels:
+        raise ValueError(
+            f"hierarchy.gate = learned, but no training pair labels {OVERALL}, which alone trains "
+            f"the gate; labels are {shown}: add such pairs or set gate: declared"
+        )
+    whole = set() if is_learned else {OVERALL}
     idle = [
         signal
         for name, dimension in tree.dimensions.items()
         for signal in dimension.head_shares
-        if not {signal, name, OVERALL} & labels
+        if not {signal, name, *whole} & labels
     ]
     if idle:
         raise ValueError(
             f"no training pair labels {', '.join(idle)}, which would stay random and add noise to "
-            f"every score; labels are {', '.join(sorted(labels))}: set head: false or drop these "
-            f"signals from hierarchy {tree.name!r}"
+            f"every score; labels are {shown}: set head: false or drop these signals from "
+            f"hierarchy {tree.name!r}"
+            + (f" (with a learned gate {OVERALL} trains no head)" if is_learned else "")
         )
 
 

@@ -20,11 +20,20 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 from reward.hierarchy import rule_key
 from reward.scorer import Encoded, Heads, InProcessScorer
-from reward.types import Item, Score, Verdict
+from reward.serving.types import (
+    BrokenError,
+    Judged,
+    Limits,
+    NeverFitsError,
+    QueueFullError,
+    Task,
+    WrongItemsError,
+)
+from reward.types import Item, Verdict
 from reward.wire import ItemError
 
 LOG = logging.getLogger(__name__)
@@ -33,84 +42,6 @@ MAX_RETRY_S = 60
 RATE_SHARE = 0.2
 
 Rule = Callable[[Item], dict[str, Verdict]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One item to be judged.
-
-    Args:
-        encode: gives its tokens where the scorer's own way does not fit (text that is rendered
-            already); a ValueError means a wrong item.
-    """
-
-    item: Item
-    encode: Callable[[], Encoded] | None = None
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What became of one item.
-
-    Args:
-        overall: the heads' gate-weighted total; None where no reward model read the item.
-        num_tokens: that the reward model read.
-    """
-
-    score: Score
-    overall: float | None
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much may be under way; numbers >= 1.
-
-    Args:
-        batch_tokens: tokens per forward; a longer item is a forward of its own.
-        item_tokens: longest item; "model" is as long as the reward model takes. Longer ones are
-            refused, never cut.
-        queue_items: items under way.
-        queue_tokens: tokens under way.
-        rule_threads: rules that may block at once.
-
-    Raises: ValueError for a number below 1.
-    """
-
-    batch_tokens: int = 16_384
-    item_tokens: int | Literal["model"] = "model"
-    queue_items: int = 65_536
-    queue_tokens: int = 4_194_304
-    rule_threads: int = 8
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value != "model" and value < 1:
-                raise ValueError(f"Limits.{name} = {value}, expected 1 or more")
-
-
-class QueueFullError(RuntimeError):
-    """No room now.
-
-    Args:
-        retry_s: whole seconds after which there should be.
-    """
-
-    def __init__(self, message: str, retry_s: int) -> None:
-        super().__init__(message)
-        self.retry_s = retry_s
-
-
-class NeverFitsError(ValueError):
-    """More at once than the queue holds when empty."""
-
-
-class WrongItemsError(ValueError):
-    """Items that cannot be judged whatever the load, each with its reason."""
-
-    def __init__(self, items: Sequence[ItemError]) -> None:
-        super().__init__("; ".join(f"item {one.index}: {one.message}" for one in items))
-        self.items = tuple(items)
 
 
 class BatchWatch(Protocol):
@@ -132,6 +63,8 @@ class _Ticket:
     num_tokens: int = 0
     left: int = 0
     """Parts not yet done."""
+    failure: str = ""
+    """Why the reward model read none of it and never will."""
     done: Future[list[Judged]] = field(default_factory=Future)
 
 
@@ -182,6 +115,7 @@ class Batcher:
         self._rule = rule or (lambda item: scorer.rule_signals([item])[0])
         self._tokens_per_s = 0.0
         self._closed = False
+        self._failure = ""
         self._waiting: deque[tuple[_Ticket, int]] = deque()
         self._changed = threading.Condition()
         # One thread: a fast tokenizer must not be used by two at once.
@@ -191,6 +125,16 @@ class Batcher:
         self._model = threading.Thread(target=self._run_model, name="reward-model", daemon=True)
         self._model.start()
 
+    @property
+    def failure(self) -> str:
+        """Why nothing is judged any more: the device is lost, or the thread that reads; "" if not.
+
+        An item that alone cannot be read (for want of memory, say) is none: the next one can.
+        """
+        if self._failure or self._closed or self._model.is_alive():
+            return self._failure
+        return "the thread that reads has ended"
+
     def submit(self, tasks: Sequence[Task]) -> Future[list[Judged]]:
         """Queues items; the future gives one `Judged` an item, in order.
 
@@ -198,8 +142,10 @@ class Batcher:
         their tokens are known.
 
         Raises: QueueFullError if there is no room now; NeverFitsError if there never is;
-            RuntimeError once closed.
+            BrokenError after a failure that takes a new process; RuntimeError once closed.
         """
+        if self.failure:
+            raise BrokenError(self.failure)
         ticket = _Ticket(tasks)
         # Nobody may cancel it: what was queued is finished, whoever still listens.
         ticket.done.set_running_or_notify_cancel()
@@ -311,18 +257,36 @@ class Batcher:
 
     def _run_model(self) -> None:
         while batch := self._take():
-            encoded = [ticket.encoded[index] for ticket, index in batch]
-            start = time.perf_counter()
-            found = self._read(encoded)
-            for (ticket, index), heads in zip(batch, found, strict=True):
-                ticket.heads[index] = heads
-            self._told(len(batch), sum(len(e.tokens) for e in encoded), time.perf_counter() - start)
+            try:
+                if not self._failure:
+                    self._forward(batch)
+            except BaseException as error:
+                # Whatever it was, this thread goes on: who waits is told instead of left waiting.
+                LOG.critical(
+                    "the reward model reads no more; start the service anew", exc_info=True
+                )
+                self._failure = f"{type(error).__name__}: {error}"
+            for ticket, _ in batch:
+                ticket.failure = self._failure
             self._advance([ticket for ticket, _ in batch])
 
+    def _forward(self, batch: Sequence[tuple[_Ticket, int]]) -> None:
+        encoded = [ticket.encoded[index] for ticket, index in batch]
+        start = time.perf_counter()
+        found = self._read(encoded)
+        for (ticket, index), heads in zip(batch, found, strict=True):
+            ticket.heads[index] = heads
+        self._told(len(batch), sum(len(e.tokens) for e in encoded), time.perf_counter() - start)
+
     def _read(self, encoded: Sequence[Encoded]) -> Sequence[Heads | str]:
+        """Heads of each item, or why it has none.
+
+        Raises: whatever the device raises where it is lost.
+        """
         try:
             return self.scorer.read_heads(encoded)
         except Exception as error:
+            self.scorer.check_device()
             if len(encoded) == 1:
                 # Out of memory, say: the item stays without a score, the service goes on.
                 LOG.exception("a forward of %d tokens failed", len(encoded[0].tokens))
@@ -363,7 +327,9 @@ class Batcher:
         found: list[Judged] = []
         error: Exception | None = None
         try:
-            if not ticket.wrong:
+            if ticket.failure:
+                error = BrokenError(ticket.failure)
+            elif not ticket.wrong:
                 found = [self._combined(ticket, index) for index in range(len(ticket.tasks))]
             if ticket.wrong:
                 error = WrongItemsError(sorted(ticket.wrong, key=lambda one: one.index))

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field, replace
 
 from reward.hierarchy import sigmoid
 from reward.scorer import InProcessScorer
-from reward.serving.batching import (
-    Batcher,
+from reward.serving.batching import Batcher, Rule
+from reward.serving.metrics import Metrics
+from reward.serving.types import (
+    BrokenError,
     Judged,
     Limits,
     NeverFitsError,
     QueueFullError,
-    Rule,
     Task,
     WrongItemsError,
 )
-from reward.serving.metrics import Metrics
 from reward.types import Item
 from reward.wire import (
     ErrorCode,
@@ -32,6 +32,8 @@ from reward.wire import (
     read_label,
 )
 
+# After which a client asks again whether the service was started anew.
+RESTART_S = 5
 ReadText = Callable[[str, str], Task | None]
 
 
@@ -206,6 +208,9 @@ class Service:
             raise RefusedError(413, "too_large", str(error)) from error
         except WrongItemsError as error:
             raise _refused_items(error.items) from error
+        except BrokenError as error:
+            text = f"the reward model can judge nothing more, start the service anew: {error}"
+            raise RefusedError(503, "broken", text, retry_s=RESTART_S) from error
         self.metrics.scored(
             num_items=len(found),
             num_tokens=sum(one.num_tokens for one in found),

@@ -14,8 +14,8 @@ import pytest
 
 from reward.client import HttpScorer, trl_reward
 from reward.scorer import InProcessScorer
-from reward.serving.batching import Limits
 from reward.serving.judging import Service, Settings
+from reward.serving.types import Limits
 from reward.types import Item, Score, Scorer
 from tests.reward.live import Live, served
 from tests.reward.test_scorer import PROMPT, item, scorer

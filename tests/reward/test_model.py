@@ -87,11 +87,14 @@ def test_gradients_reach_only_the_labelled_head():
     assert model.trunk.embed_tokens.weight.grad.abs().sum() > 0
 
 
-def test_overall_trains_every_head_and_the_gate():
+def test_overall_trains_a_learned_gate_alone_and_every_head_without_one():
     model = tiny()
     model(Packed.from_sequences(SEQUENCES), PROMPTS).overall.sum().backward()
-    assert (model.values.weight.grad.abs().sum(1) > 0).all()
+    assert model.values.weight.grad is None
     assert model.gate.weight.grad.abs().sum() > 0
+    declared = tiny(HIERARCHY)
+    declared(Packed.from_sequences(SEQUENCES)).overall.sum().backward()
+    assert (declared.values.weight.grad.abs().sum(1) > 0).all()
 
 
 def test_the_routers_loss_is_handed_on():

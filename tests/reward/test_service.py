@@ -14,11 +14,12 @@ from starlette.testclient import TestClient
 from reward.hierarchy import sigmoid
 from reward.scorer import InProcessScorer
 from reward.service import create_app
-from reward.serving.batching import Limits
 from reward.serving.judging import Service, Settings
+from reward.serving.types import Limits
 from reward.types import Item, Verdict
 from reward.wire import ScoreItem
 from tests.reward.live import served
+from tests.reward.serving.test_batching import LOST, Faulty
 from tests.reward.test_scorer import item, scorer
 from tests.serving.live import wait_for
 
@@ -289,6 +290,25 @@ def test_a_signal_lets_what_is_inside_be_answered_and_refuses_the_rest():
         assert answers[0].json()["scores"][0]["score"] == 1.0
         live.thread.join(30)
         assert not live.thread.is_alive()
+
+
+def test_a_lost_device_is_not_healthy_and_its_clients_wait_for_a_new_process():
+    judge = Faulty(LOST, is_lost=False)
+    with served(Service(judge)) as live:
+        client = httpx.Client(base_url=live.url, timeout=30)
+        assert client.post("/v1/score", json={"items": [FREE]}).status_code == 200
+        assert client.get("/health").json()["status"] == "ok"
+        judge.is_lost = True
+        refused = client.post("/v1/score", json={"items": [FREE]})
+        assert (refused.status_code, error(refused)["code"]) == (503, "broken")
+        assert refused.headers["retry-after"] == "5"
+        told = client.get("/health")
+        assert told.status_code == 503
+        assert (told.json()["status"], told.json()["reason"]) == ("broken", f"RuntimeError: {LOST}")
+        # Even where no device is asked: what cannot judge all takes nothing.
+        assert client.post("/v1/score", json={"items": [RIGHT]}).status_code == 503
+        form = {"query": ["2+3?5"], "prompts": ["2+3?"]}
+        assert client.post("/get_reward", json=form).status_code == 503
 
 
 def test_metrics_count_what_happened():

@@ -20,8 +20,8 @@ from reward.client import HttpScorer, trl_reward
 from reward.hierarchy import HIERARCHY
 from reward.model import RewardModel
 from reward.scorer import InProcessScorer
-from reward.serving.batching import Limits
 from reward.serving.judging import Service, Settings
+from reward.serving.types import Limits
 from reward.types import Item, Score
 from tests.align.test_trl_oracle import COMMON, VOCAB, build, tokenizer  # noqa: F401  (a fixture)
 from tests.reward.live import served

@@ -119,14 +119,33 @@ def test_a_label_trains_its_own_head_and_no_other(tmp_path):
     assert set(loss.metrics) >= {"accuracy", "accuracy/style", "accuracy/overall"}
 
 
-def test_an_overall_label_trains_all_heads_and_the_gate(tmp_path):
+def test_an_overall_label_trains_all_heads_where_the_gate_is_declared(tmp_path):
+    pairs = [replace(pair, signal="overall") for pair in labelled(3)]
+    model = reward_model()
+    course(pairs, tmp_path).loss(model, Batch.from_pairs(pairs)).sum.backward()
+    assert (model.values.weight.grad.abs().sum(1) > 0).all()
+
+
+def test_an_overall_label_trains_a_learned_gate_and_no_head(tmp_path):
     pairs = [replace(pair, signal="overall") for pair in labelled(3)]
     model = reward_model(gate="learned")
     torch.nn.init.normal_(model.gate.weight)
     course(pairs, tmp_path).loss(model, Batch.from_pairs(pairs)).sum.backward()
-    assert (model.values.weight.grad.abs().sum(1) > 0).all()
+    assert model.values.weight.grad.abs().sum() == 0
     # One prompt, one gate: it learns which dimension tells the answers apart.
     assert model.gate.weight.grad.abs().sum() > 0
+
+
+def test_the_gate_moves_to_the_dimension_that_leads(tmp_path):
+    pairs = [replace(pair, signal="overall") for pair in labelled(1)]
+    model, batch = reward_model(gate="learned"), Batch.from_pairs(pairs)
+    out = model(batch.packed, prompt_lengths(batch.pairs))
+    leads = (out.values[0] - out.values[1]).tolist()
+    course(pairs, tmp_path).loss(model, batch).sum.backward()
+    # A step against the gradient: up for what leads by more than the mean of both, else down.
+    moved = (-model.gate.bias.grad).tolist()
+    assert (moved[0] > moved[1]) == (leads[0] > leads[1])
+    assert sum(moved) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path):
@@ -354,6 +373,12 @@ def test_what_cannot_be_trained_is_an_error(tmp_path):
     )
     write_pairs(tmp_path / "pairs.jsonl", 20, ("style",))
     expect("no training pair labels correctness, which would stay random", tmp_path)
+    learned = {**TREE, "gate": "learned"}
+    expect(
+        "no training pair labels overall, which alone trains the gate", tmp_path, hierarchy=learned
+    )
+    write_pairs(tmp_path / "pairs.jsonl", 20, ("style", "overall"))
+    expect(r"labels correctness, .* \(with a learned gate overall", tmp_path, hierarchy=learned)
 
 
 def test_a_sharded_launch_is_refused(tmp_path):

@@ -6,11 +6,13 @@ import threading
 import time
 
 import pytest
+import torch
 
 from reward.hierarchy import HIERARCHY
 from reward.scorer import Encoded, Heads, InProcessScorer
-from reward.serving.batching import (
-    Batcher,
+from reward.serving.batching import Batcher
+from reward.serving.types import (
+    BrokenError,
     Limits,
     NeverFitsError,
     QueueFullError,
@@ -237,3 +239,70 @@ def test_limits_that_cannot_be_are_errors():
         Limits(batch_tokens=0)
     with pytest.raises(ValueError, match=r"queue_tokens = 5, expected at least .* 8192"):
         Batcher(scorer(), Limits(queue_tokens=5))
+
+
+class Faulty(InProcessScorer):
+    """A scorer whose device fails, in one forward or for good."""
+
+    def __init__(self, error: BaseException, *, is_lost: bool) -> None:
+        model = tiny()
+        super().__init__(model.hierarchy, model, encode, encode_prompt=encode_prompt)
+        self.error, self.is_lost, self.forwards = error, is_lost, 0
+        self.go = threading.Event()
+        self.go.set()
+
+    def read_heads(self, batch: list[Encoded]) -> list[Heads]:
+        self.forwards += 1
+        assert self.go.wait(30)
+        if self.is_lost or any(len(one.tokens) > 10 for one in batch):
+            raise self.error
+        return super().read_heads(batch)
+
+    def check_device(self) -> None:
+        if self.is_lost:
+            raise self.error
+
+
+LOST = RuntimeError("CUDA error: device-side assert triggered")
+
+
+def test_an_item_that_cannot_be_read_spoils_neither_its_neighbours_nor_the_service():
+    judge = Faulty(torch.OutOfMemoryError("out of memory"), is_lost=False)
+    batcher = Batcher(judge)
+    found = batcher.submit(tasks([item("5"), item("5" * 20), item("6")])).result(30)
+    assert [one.score.valid for one in found] == [True, False, True]
+    assert found[1].score.reason == "reward model: OutOfMemoryError: out of memory"
+    assert batcher.failure == ""
+    assert batcher.submit(tasks([item("5")])).result(30)[0].score.valid
+    batcher.close()
+
+
+def test_a_lost_device_is_a_failure_for_all_who_wait_and_all_who_come():
+    judge = Faulty(LOST, is_lost=True)
+    judge.go.clear()
+    batcher = Batcher(judge, Limits(batch_tokens=1))
+    ruled = item("5", answer="5", verifier="math")
+    waiting = [batcher.submit(tasks([one, one])) for one in (item("5"), ruled, item("6"))]
+    judge.go.set()
+    for future in waiting:
+        with pytest.raises(BrokenError, match="device-side assert"):
+            future.result(30)
+    assert judge.forwards == 1
+    assert batcher.failure == f"RuntimeError: {LOST}"
+    with pytest.raises(BrokenError, match="device-side assert"):
+        batcher.submit(tasks([item("5")]))
+    assert (batcher.queue_items, batcher.queue_tokens) == (0, 0)
+    batcher.close()
+
+
+@pytest.mark.parametrize("error", [KeyError("watch"), SystemExit(1)])
+def test_whatever_ends_the_reading_is_a_failure_and_nobody_waits_for_ever(error):
+    class Broken(Watch):
+        def forward(self, *, num_items: int, num_tokens: int, seconds: float) -> None:
+            raise error
+
+    batcher = Batcher(scorer(), watch=Broken())
+    with pytest.raises(BrokenError, match=type(error).__name__):
+        batcher.submit(tasks([item("5")])).result(30)
+    assert batcher.failure.startswith(type(error).__name__)
+    batcher.close()
