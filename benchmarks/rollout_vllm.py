@@ -59,7 +59,8 @@ def exported(model: HybridForCausalLM, folder: Path, to: To) -> Path:
 
 def run_vllm(folder: Path, prompts: list[list[int]], given: argparse.Namespace) -> list[Any]:
     """What `benchmarks.vllm_side` found, as far as it came."""
-    job, out, log = (folder.parent / name for name in ("job.json", "found.jsonl", "vllm.log"))
+    job, out = folder.parent / "job.json", folder.parent / "found.jsonl"
+    log = given.log or folder.parent / "vllm.log"
     sizes = sorted({1, 2, 4, 8, 16, 32, 64, 128, *given.batches})
     options = {
         "dtype": "bfloat16", "skip_tokenizer_init": True, "max_model_len": 1024,
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="the interpreter that has vLLM")
     parser.add_argument("--path", nargs="*", default=[], help="first on vLLM's PYTHONPATH")
     parser.add_argument("--vllm-options", default="{}", help="more of LLM(...), as JSON")
+    parser.add_argument("--log", type=Path, default=None, help="keeps what vLLM's process said")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for vLLM's process")
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints are written")
     given = parser.parse_args()
