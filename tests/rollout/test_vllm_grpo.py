@@ -70,7 +70,7 @@ def losses(folder: Path, backend: str, *, lora: bool) -> list[dict[str, float]]:
         tools=Tools(small.tokenizer(), ShareScorer()),
     )
     train(course, trained, config=config, job=job)
-    course.engine.close()
+    course.close()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
