@@ -107,10 +107,8 @@ class Client:
             return "left"
 
     def stop_string(self, number: int) -> str:
-        asked = BASE | {"max_tokens": 24, "stop": ["e", "a t"], "stop_token_ids": [7]}
         done = self.openai.completions.create(
-            **{k: v for k, v in asked.items() if k != "stop_token_ids"},
-            seed=number,
+            **BASE | {"max_tokens": 24, "stop": ["e", "a t"], "seed": number},
             extra_body={"stop_token_ids": [7]},
         )
         return "with it" if "e" in done.choices[0].text else "cut"
