@@ -133,7 +133,14 @@ class OwnSource:
         self.native.policy_version = version
         canary, self._canary = self._canary, None
         if canary is not None:
-            prove(self.native, self._policy, canary, version=version, autocast=self._autocast)
+            prove(
+                self.native,
+                self._policy,
+                canary,
+                version=version,
+                autocast=self._autocast,
+                sums=lambda: (checksums(parts(self._policy)), checksums(parts(self.native.model))),
+            )
 
 
 class WorkerSource:

@@ -27,7 +27,7 @@ def test_the_trainers_own_engine_is_proven_at_the_first_step(
 
     monkeypatch.setattr("align.engines.open_engine", opened)
     made = course(config(), small.job(tmp_path), adapted())
-    with pytest.raises(ProofError, match="engine 0: log-probabilities of the canary differ from"):
+    with pytest.raises(ProofError, match=r"engine 0: .* canary differ .* differing tensor: '"):
         made.step(0)
     made.close()
 
