@@ -19,9 +19,10 @@ from torch import Tensor
 
 from align.course import Job
 from align.prompts import open_engine
+from align.proof import prove
 from align.vllm_source import VllmSource
 from model import HybridForCausalLM
-from rollout.canary import BOUNDS, Canary, trainer_score
+from rollout.canary import Canary, trainer_score
 from rollout.client import RemoteEngine
 from rollout.native.engine import NativeEngine
 from rollout.sync import adapter_config, adapter_weights, checksums, parts, weights
@@ -59,7 +60,9 @@ class RolloutConfig(BaseModel):
     max_staleness: int = Field(default=0, ge=0, le=1)
     """Rollouts that sampling may run ahead of training; 1 samples the next while one is trained."""
     canary_bound: float = Field(default=0.0, ge=0)
-    """Largest difference of a canary's log-probability in nats; 0 is the precision's own."""
+    """Largest difference of a canary's log-probability in nats; 0 is the precision's own, and then
+    the native engine in the trainer is held to it in fp32 only: it has no weights of its own that
+    could be wrong, and in bf16 rounding may send a token to another expert."""
     deadline_s: float = Field(default=1800.0, gt=0)
     """Seconds without any answer of any worker after which the run fails."""
 
@@ -71,7 +74,7 @@ class RolloutConfig(BaseModel):
                 f"rollout.{min(own)} says something of the engine in the trainer, and "
                 "rollout.workers sample; remove one of them"
             )
-        unused = self.model_fields_set - {"workers", "backend", "cache_gib"}
+        unused = self.model_fields_set - {"workers", "backend", "cache_gib", "canary_bound"}
         if not self.workers and unused:
             raise ValueError(
                 f"rollout.{min(unused)} says something of workers, and rollout.workers is empty; "
@@ -94,10 +97,27 @@ class Source(Protocol):
 
 
 class OwnSource:
-    """The native engine on the trainer's live weights: nothing is copied."""
+    """The native engine on the trainer's live weights: nothing is copied.
 
-    def __init__(self, engine: NativeEngine) -> None:
+    Its first samples are proven, for what is computed may differ where the weights cannot.
+
+    Args:
+        policy: the live model, possibly with adapters.
+        canary: None proves nothing.
+        autocast: of the trainer's forward.
+    """
+
+    def __init__(
+        self,
+        engine: NativeEngine,
+        policy: Policy,
+        *,
+        canary: Canary | None,
+        autocast: torch.dtype | None,
+    ) -> None:
         self.native = engine
+        self._policy, self._autocast = policy, autocast
+        self._canary = canary
 
     @property
     def engine(self) -> Engine:
@@ -105,8 +125,22 @@ class OwnSource:
         return self.native
 
     def refresh(self, version: int) -> None:
-        """The weights are there already; says so."""
+        """The weights are there already; says so, and proves it the first time.
+
+        Raises:
+            ProofError: if the engine does not sample from the trainer's policy.
+        """
         self.native.policy_version = version
+        canary, self._canary = self._canary, None
+        if canary is not None:
+            prove(
+                self.native,
+                self._policy,
+                canary,
+                version=version,
+                autocast=self._autocast,
+                sums=lambda: (checksums(parts(self._policy)), checksums(parts(self.native.model))),
+            )
 
 
 class WorkerSource:
@@ -138,9 +172,8 @@ class WorkerSource:
         self._autocast = autocast
         narrow = torch.bfloat16 in (autocast, self.remote.dtype)
         dtype = torch.bfloat16 if narrow else torch.float32
-        bound = config.canary_bound or BOUNDS[dtype]
         vocabulary: int = policy.config.vocab_size
-        self._canary = Canary(Canary.of(vocabulary).prompts, bound=bound)
+        self._canary = Canary.of(vocabulary, dtype=dtype, bound=config.canary_bound)
         self._version = -1
 
     @property
@@ -250,6 +283,10 @@ def open_source(
     """
     if config.workers:
         return WorkerSource(config, job, policy, autocast=autocast)
+    dtype = torch.bfloat16 if torch.bfloat16 in (autocast, policy.dtype) else torch.float32
+    canary = Canary.of(
+        policy.config.vocab_size, dtype=dtype, bound=config.canary_bound, max_tokens=max_tokens
+    )
     if config.backend == "vllm":
         return VllmSource(
             policy,
@@ -257,7 +294,10 @@ def open_source(
             max_tokens=max_tokens,
             cache_bytes=int(config.cache_gib * 2**30),
             autocast=autocast,
+            canary=canary,
         )
-    return OwnSource(
-        open_engine(policy, max_concurrent=max_concurrent, max_tokens=max_tokens, autocast=autocast)
+    engine = open_engine(
+        policy, max_concurrent=max_concurrent, max_tokens=max_tokens, autocast=autocast
     )
+    is_proven = dtype == torch.float32 or config.canary_bound > 0
+    return OwnSource(engine, policy, canary=canary if is_proven else None, autocast=autocast)

@@ -8,7 +8,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from align.proof import prove
 from model import HybridForCausalLM
+from rollout.canary import Canary, check_sums
 from rollout.sync import checksums, weights
 from rollout.vllm_backend import VllmEngine
 
@@ -22,6 +24,7 @@ class VllmSource:
         max_tokens: longest prompt and response together.
         cache_bytes: of keys, values and states.
         autocast: type that the trainer multiplies in; the copy is held in it. None is fp32.
+        canary: asked after every push.
     """
 
     def __init__(
@@ -32,7 +35,9 @@ class VllmSource:
         max_tokens: int,
         cache_bytes: int,
         autocast: torch.dtype | None = None,
+        canary: Canary,
     ) -> None:
+        self._canary, self._autocast = canary, autocast
         plain = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         assert isinstance(plain, HybridForCausalLM), "adapters wrap the project's own model"
         self._policy, self._dtype = policy, autocast or torch.float32
@@ -48,17 +53,24 @@ class VllmSource:
         """Pushes the policy as it is now, unless the engine holds this version, and proves it.
 
         Raises:
-            RuntimeError: naming the first tensor that the engine does not hold as it was sent.
+            ProofError: naming the first tensor that the engine does not hold as it was sent, or if
+                it holds all of them and does not sample from the trainer's policy.
         """
         if version == self.engine.policy_version:
             return
         self.engine.update_weights(self._sent(), version)
-        sent, held = checksums(self._sent()), checksums(self.engine.weights())
-        wrong = next((name for name, value in sent.items() if held.get(name) != value), "")
-        if wrong:
-            raise RuntimeError(
-                f"vllm: it does not hold version {version}; first differing tensor: {wrong!r}"
-            )
+        check_sums(*self._sums(), version=version, where="vllm")
+        prove(
+            self.engine,
+            self._policy,
+            self._canary,
+            version=version,
+            autocast=self._autocast,
+            sums=self._sums,
+        )
+
+    def _sums(self) -> tuple[dict[str, str], dict[str, str]]:
+        return checksums(self._sent()), checksums(self.engine.weights())
 
     @torch.no_grad()
     def _sent(self) -> Iterator[tuple[str, Tensor]]:

@@ -58,15 +58,23 @@ class Canary:
         lengths: Sequence[int] = LENGTHS,
         num_tokens: int = 16,
         dtype: torch.dtype = torch.float32,
+        bound: float = 0.0,
+        max_tokens: int = 0,
     ) -> Canary:
         """Prompts of random tokens, always the same ones.
 
         Args:
             dtype: that trainer or engine multiply in, whichever is narrower.
+            bound: 0 is the type's own.
+            max_tokens: longest prompt and response that the engine holds, at least 2; what is
+                longer is cut to fit. 0 cuts nothing.
         """
         rng = random.Random(0)
+        if max_tokens:
+            num_tokens = min(num_tokens, max_tokens // 2)
+            lengths = [min(n, max_tokens - num_tokens) for n in lengths]
         prompts = tuple(tuple(rng.randrange(vocabulary) for _ in range(n)) for n in lengths)
-        return cls(prompts, num_tokens, BOUNDS[dtype])
+        return cls(prompts, num_tokens, bound or BOUNDS[dtype])
 
     def check(
         self,

@@ -91,6 +91,11 @@ class Driver:
         """Queued or live."""
         return self._num_samples
 
+    @property
+    def is_running(self) -> bool:
+        """Whether anybody works on what is submitted."""
+        return self._thread.is_alive()
+
     def submit(self, request: Request, listener: Listener) -> tuple[str, Future[None]]:
         """Queues a request.
 
@@ -150,6 +155,17 @@ class Driver:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception:
+            # nothing that is foreseen; without this line askers would wait for ever
+            LOG.exception("the engine's thread broke off; the worker stops")
+            with self._changed:
+                self._is_closing = True
+        self._fail_all(ClosedError("the worker is stopping; ask another one"))
+        self.engine.close()
+
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while not (
@@ -161,7 +177,7 @@ class Driver:
                 ):
                     self._changed.wait()
                 if self._is_closing:
-                    break
+                    return
                 cancelled = [self._cancelled.popleft() for _ in range(len(self._cancelled))]
                 # held back while somebody wants the engine alone
                 count = 0 if self._between else len(self._new)
@@ -173,12 +189,14 @@ class Driver:
             if self._between and not self.engine.num_in_flight:
                 self._run_between()
             self._step()
-        self._fail_all(ClosedError("the worker is stopping; ask another one"))
-        self.engine.close()
 
     def _begin(self, name: str) -> None:
         ticket = self._tickets.get(name)
         if ticket is None:
+            return
+        # an asker who left has cancelled it; from here on nobody can
+        if not ticket.accepted.set_running_or_notify_cancel():
+            self._end(name)
             return
         try:
             self.engine.submit(replace(ticket.request, request_id=name))
@@ -192,11 +210,10 @@ class Driver:
         ticket = self._tickets.get(name)
         if ticket is None:
             return
-        if ticket.accepted.done():
-            self.engine.cancel(name)
         self._end(name)
-        if not ticket.accepted.done():
-            ticket.accepted.cancel()
+        # a future that cannot be cancelled was running: the engine has the request
+        if not ticket.accepted.cancel():
+            self.engine.cancel(name)
 
     def _end(self, name: str) -> None:
         with self._changed:
@@ -205,6 +222,8 @@ class Driver:
 
     def _run_between(self) -> None:
         work, done = self._between.popleft()
+        if not done.set_running_or_notify_cancel():
+            return
         try:
             done.set_result(work())
         except Exception as error:
@@ -232,17 +251,27 @@ class Driver:
             ticket.left -= sum(token.completion is not None for token in found)
             if not ticket.left:
                 self._end(name)
-            ticket.listener([_renamed(token, ticket.request.request_id) for token in found])
+            _tell(ticket, [_renamed(token, ticket.request.request_id) for token in found])
 
     def _fail_all(self, error: Exception) -> None:
         for name, ticket in list(self._tickets.items()):
             self._end(name)
             if ticket.accepted.done():
-                ticket.listener(error)
-            else:
+                _tell(ticket, error)
+            elif ticket.accepted.set_running_or_notify_cancel():
                 ticket.accepted.set_exception(error)
         while self._between and self._is_closing:
-            self._between.popleft()[1].set_exception(error)
+            done = self._between.popleft()[1]
+            if done.set_running_or_notify_cancel():
+                done.set_exception(error)
+
+
+def _tell(ticket: _Ticket, found: Sequence[Token] | Exception) -> None:
+    try:
+        ticket.listener(found)
+    except Exception:
+        # an asker whose loop has closed must not stop everybody else's samples
+        LOG.exception("request %r: its asker cannot be told", ticket.request.request_id)
 
 
 def _renamed(token: Token, request_id: str) -> Token:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, ProcessCollector
 
 from serving.metrics import RequestMetrics
 
 STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+GAUGES = {
+    "samples": "queued or live",
+    "policy_version": "of the weights",
+    "free_slots": "of samples that could be decoded at once",
+    "free_pages": "of keys and values",
+    "tasks": "of the event loop",
+}
 
 
 class Metrics(RequestMetrics):
@@ -29,13 +36,20 @@ class Metrics(RequestMetrics):
             "rollout_step_seconds", "of one turn of the engine", buckets=STEP_S, registry=kept
         )
         self._cancelled = Counter("rollout_cancelled", "askers that left", registry=kept)
-        self._samples = Gauge("rollout_samples", "queued or live", registry=kept)
-        self._version = Gauge("rollout_policy_version", "of the weights", registry=kept)
+        self._gauges = {
+            name: Gauge(f"rollout_{name}", text, registry=kept) for name, text in GAUGES.items()
+        }
+        # memory and open files of the process, where the system tells
+        ProcessCollector(registry=kept)
 
-    def read_state(self, samples: Callable[[], int], version: Callable[[], int]) -> None:
-        """Says where the gauges are read when somebody asks."""
-        self._samples.set_function(samples)
-        self._version.set_function(version)
+    def read_state(self, state: Mapping[str, Callable[[], int]]) -> None:
+        """Says where the gauges are read when somebody asks.
+
+        Args:
+            state: by name, as in `GAUGES`.
+        """
+        for name, read in state.items():
+            self._gauges[name].set_function(read)
 
     def step(self, *, num_tokens: int, seconds: float) -> None:
         """One turn of the engine."""

@@ -83,7 +83,15 @@ class Worker:
         self.metrics = Metrics()
         self.holder = Holder(engine, settings.weights_root)
         self.driver = Driver(engine, max_samples=settings.max_samples, watch=self.metrics)
-        self.metrics.read_state(lambda: self.driver.num_samples, lambda: self.holder.version)
+        self.metrics.read_state(
+            {
+                "samples": lambda: self.driver.num_samples,
+                "policy_version": lambda: self.holder.version,
+                "free_slots": lambda: engine.stats.num_free_slots,
+                "free_pages": lambda: engine.stats.num_free_pages,
+                "tasks": lambda: len(asyncio.all_tasks()),
+            }
+        )
 
     def close(self) -> None:
         """Ends what is in flight, and the engine."""
@@ -92,7 +100,7 @@ class Worker:
     def health(self) -> Health:
         """How it is."""
         return Health(
-            status="broken" if self.holder.fault else "ok",
+            status="ok" if self.driver.is_running and not self.holder.fault else "broken",
             model=self.settings.model,
             policy_version=self.holder.version,
             dtype=self.holder.dtype,

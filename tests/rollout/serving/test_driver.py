@@ -134,6 +134,51 @@ def test_a_cancelled_request_is_not_heard_of_again(driver: Driver):
     assert not live.is_over
 
 
+def test_askers_who_leave_before_they_are_accepted_do_not_stop_the_engine(driver: Driver):
+    """An asyncio task that is cancelled cancels the futures it waits for, on its own thread."""
+    driver.engine.gate.clear()
+    _, accepted = driver.submit(request(10), Told())
+    accepted.result(10)
+    for is_told_first in (True, False):
+        name, accepted = driver.submit(request(10**6), Told())
+        assert accepted.cancel()
+        if is_told_first:
+            driver.cancel(name)
+    push = driver.between(lambda: pytest.fail("nobody waits for it"))
+    assert push.cancel()
+    driver.engine.gate.set()
+    after = Told()
+    driver.submit(request(), after)
+    wait_for(lambda: after.is_over)
+    driver.cancel(name)
+    wait_for(lambda: driver.num_samples == driver.engine.num_in_flight == 0)
+    assert driver.is_running
+
+
+def test_an_asker_who_cannot_be_told_stops_nobody_else(driver: Driver):
+    def deaf(found) -> None:
+        raise RuntimeError("event loop is closed")
+
+    heard = Told()
+    driver.submit(request(), deaf)
+    driver.submit(request(5), heard)
+    wait_for(lambda: heard.is_over)
+    wait_for(lambda: driver.num_samples == 0)
+
+
+def test_a_thread_that_cannot_go_on_says_so(driver: Driver, monkeypatch: pytest.MonkeyPatch):
+    waiting = Told()
+    name, accepted = driver.submit(request(10**9), waiting)
+    accepted.result(10)
+    driver.submit(request(10**9), waiting)[1].result(10)
+    monkeypatch.setattr(driver.engine, "cancel", lambda name: 1 / 0)
+    driver.cancel(name)
+    wait_for(lambda: not driver.is_running)
+    assert isinstance(waiting[-1], ClosedError)
+    with pytest.raises(ClosedError, match="the worker is stopping"):
+        driver.submit(request(), Told())
+
+
 def test_an_engine_that_breaks_off_is_told_of_and_goes_on(driver: Driver):
     victim, culprit = Told(), Told()
     driver.engine.gate.clear()
