@@ -380,9 +380,10 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
                 row.part(targets, own),
                 temperature=temperature,
                 head_fp32=self.config.lm_head_fp32,
+                with_entropy=with_entropy,
             )
             logprobs = row.whole(logprobs, own)
-            entropy = row.whole(entropy, own) if with_entropy else None
+            entropy = None if entropy is None else row.whole(entropy, own)
         return PackedOutput(
             logprobs=logprobs,
             entropy=entropy,

@@ -33,7 +33,8 @@ def expert_layer_blocks(
     return _Experts.apply(x, gate_up, down, scale, order // chosen.shape[1], counts)
 
 
-# oneDNN builds a new kernel for every number of rows it meets; so only multiples of this are asked
+# oneDNN, which multiplies 16-bit numbers too, builds a new kernel for every number of rows it meets
+# (0.6 ms on one core); so only multiples of this are asked, or of `least_rows` where rows are few
 _ROW_STEP = 64
 # BLAS multiplies fewer than four rows a thread by other code, which rounds otherwise; with these a
 # row's bits do not depend on how many others chose its expert
@@ -68,12 +69,21 @@ def _pieces(
         for first in range(start, end, size):
             own = slice(first, min(first + size, end))
             rows, weight = token[own], scale[own]
-            extra = -len(rows) % _ROW_STEP if small else max(0, least_rows(x) - len(rows))
+            extra = _extra_rows(x, len(rows), small)
             if extra:
                 rows = torch.cat((rows, rows[-1:].expand(extra)))
                 weight = F.pad(weight, (0, 0, 0, extra))
             yield _Piece(expert, own, rows, weight)
         start = end
+
+
+def _extra_rows(x: Tensor, count: int, is_small: bool) -> int:
+    """Rows to repeat after `count` of them."""
+    extra = least = least_rows(x)
+    extra -= count
+    if is_small or (x.is_cpu and x.dtype.itemsize == 2):
+        extra = max(extra, -count % (_ROW_STEP if count > _ROW_STEP else least))
+    return max(extra, 0)
 
 
 class _Experts(torch.autograd.Function):

@@ -31,7 +31,8 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     head_fp32: bool = False,
-) -> tuple[Tensor, Tensor]:
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Natural log-probability of each target and the entropy of each distribution.
 
     Args:
@@ -40,9 +41,10 @@ def token_logprobs(
         targets: [T] int64, 0 <= target < V; on CUDA another one gives NaN.
         temperature: > 0, divides the logits.
         head_fp32: multiply in fp32 whatever the dtypes.
+        with_entropy: whether entropies are wanted; they cost a pass over the logits.
 
     Returns: logprobs [T] with gradients to hidden and weight, and entropies [T] in nats without
-        gradient; both fp32 (fp64 stays).
+        gradient, or None; both fp32 (fp64 stays).
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit or the temperature is not positive.
@@ -58,8 +60,11 @@ def token_logprobs(
 
         hidden = hidden.to(weight.dtype)
         if launch.can_copy(hidden) and launch.can_copy(weight):
-            return launch.token_logprobs_triton(hidden, weight, targets, temperature)
-    return _TokenLogprobs.apply(hidden, weight, targets, temperature, head_fp32)
+            logprobs, entropy = launch.token_logprobs_triton(hidden, weight, targets, temperature)
+            return logprobs, entropy if with_entropy else None
+    # autocast would take the entropy's products in bf16
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _TokenLogprobs.apply(hidden, weight, targets, temperature, head_fp32, with_entropy)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:
@@ -126,7 +131,8 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         head_fp32: bool,
-    ) -> tuple[Tensor, Tensor]:
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         logprobs, entropies, kept = [], [], []
         size = hidden.shape[0] * weight.shape[0] * 4
         keeps = hidden.is_cpu and any(ctx.needs_input_grad[:2]) and size <= _KEPT_BYTES
@@ -135,13 +141,17 @@ class _TokenLogprobs(torch.autograd.Function):
             logits = _piece_logits(rows, weight, temperature, head_fp32=head_fp32)
             every = logits.log_softmax(-1)
             logprobs.append(every.gather(1, target[:, None])[:, 0])
-            # not logsumexp - sum p z: both are large where the entropy is small
-            probabilities = torch.exp(every, out=logits)
-            entropies.append(torch.linalg.vecdot(probabilities, every).neg_())
+            if with_entropy or keeps:
+                probabilities = torch.exp(every, out=logits)
+            if with_entropy:
+                # not logsumexp - sum p z: both are large where the entropy is small
+                entropies.append(torch.linalg.vecdot(probabilities, every).neg_())
             if keeps:
                 kept.append(probabilities)
         ctx.save_for_backward(hidden, weight, targets, *kept)
         ctx.temperature, ctx.head_fp32 = temperature, head_fp32
+        if not with_entropy:
+            return torch.cat(logprobs), None
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
         return torch.cat(logprobs), entropy
@@ -173,4 +183,4 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_weight += weight_grad(slope, rows.to(back)).to(wide)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None

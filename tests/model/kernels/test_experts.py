@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.experts import pieces
+from model.kernels.experts.blocks import _extra_rows, least_rows
 from model.kernels.experts.op import expert_layer
 from model.kernels.experts.reference import experts_reference
 from model.kernels.experts.router import route, router_logits
@@ -100,6 +101,15 @@ def test_autocast_takes_weights_of_another_dtype():
         out = expert_layer(x, gate_up, down.double(), chosen, weights)
     assert out.dtype == torch.float32
     assert_close("output", out, expert_layer(x, gate_up, down, chosen, weights), 2e-2)
+
+
+@pytest.mark.parametrize("count", [1, 9, 64, 65, 300])
+def test_16_bit_products_meet_few_numbers_of_rows(count: int):
+    extra = _extra_rows(torch.empty(count, 8, dtype=torch.bfloat16), count, False)
+    least = least_rows(torch.empty(1))
+    assert 0 <= extra < max(64, least)
+    assert count + extra >= least
+    assert (count + extra) % (64 if count > 64 else least) == 0 or count + extra == least
 
 
 def test_route_is_the_softmax_over_all_renormalised_over_the_chosen():

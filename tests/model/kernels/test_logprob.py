@@ -62,6 +62,18 @@ def test_fp32_head_multiplies_bf16_weights_in_fp32():
     assert found.dtype == torch.float32
 
 
+def test_entropy_is_left_out_unasked_and_in_fp32_under_autocast():
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(9, 16), torch.randn(33, 16), torch.arange(9)
+    exact = run("reference", hidden.double(), weight.double(), targets, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, entropy = token_logprobs(hidden, weight, targets)
+        logprobs, none = token_logprobs(hidden, weight, targets, with_entropy=False)
+    assert none is None
+    assert_close("entropy", entropy, exact["entropy"], 1e-6)
+    assert_close("logprobs", logprobs, exact["logprobs"], 1e-6)
+
+
 def test_wrong_arguments_are_refused():
     hidden, weight = torch.zeros(3, 4), torch.zeros(5, 4)
     with pytest.raises(ValueError, match=r"expected \[T, C\], \[V, C\], \[T\]"):
