@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -59,14 +60,16 @@ def run(
     """Climbs a recipe: finished stages are skipped, half-done ones resume."""
     with _guarded(traceback):
         from align.evals import run_eval
-        from model.parallel.mesh import launched_processes
-        from stages.checks import cross_check
+        from align.launches import Launch
+        from stages.checks import cross_check, idle_processes
         from stages.runner import Ground, climb
         from stages.start import make_start
         from stages.table import eval_table
 
         loaded = _load(recipe, sets)
-        cross_check(loaded, Path.cwd(), num_processes=launched_processes())
+        here = Launch.here()
+        launch = replace(here, processes=here.processes or 1)
+        cross_check(loaded, Path.cwd(), launch=launch)
         accelerator = _accelerator()
         console = Console(stderr=True, highlight=False)
 
@@ -74,6 +77,8 @@ def run(
             if accelerator.is_main_process:
                 console.print(line, markup=False)
 
+        for line in idle_processes(loaded, launch):
+            say(f"note: {line}")
         ground = Ground(
             run=out or Path("runs") / loaded.name,
             base=Path.cwd(),
@@ -99,19 +104,27 @@ def check(
         bool, typer.Option("--files/--without-files", help="Whether data files have to exist.")
     ] = True,
     processes: Annotated[
-        int, typer.Option(min=0, help="Processes of the run, for parallel; 0 is any number.")
+        int, typer.Option(min=0, help="Processes of the run; 0 is any number, or launch's.")
     ] = 0,
+    launch: Annotated[
+        Path | None, typer.Option(help="accelerate's config file that the run is launched with.")
+    ] = None,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Reads and cross-checks a recipe and prints what it will do; trains nothing."""
     with _guarded(traceback):
-        from stages.checks import cross_check
+        from align.launches import Launch
+        from stages.checks import cross_check, idle_processes
         from stages.plan import plan, plan_text
 
         loaded = _load(recipe, sets)
-        cross_check(loaded, Path.cwd(), with_files=files, num_processes=processes)
+        found = Launch.read(launch) if launch else Launch.here()
+        found = replace(found, processes=processes or found.processes)
+        cross_check(loaded, Path.cwd(), with_files=files, launch=found)
         _show(plan(loaded) if as_json else plan_text(loaded))
+        for line in idle_processes(loaded, found):
+            typer.echo(f"note: {line}", err=True)
 
 
 @app.command("eval")
