@@ -116,8 +116,6 @@ def _unsharded(config: Shared, sharding: Sharding) -> Misfit | None:
             "parallel.expert",
             "expected 1 under FSDP, which spreads experts itself; use ddp.yaml",
         )
-    if config.lora is not None:
-        return "lora", "is not supported under FSDP; use ddp.yaml, or remove lora"
     if config.whole_weights_for:
         told = f"{config.whole_weights_for} needs whole weights on each process; use ddp.yaml"
         return "kind", told

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,7 +25,7 @@ from align import checkpoint, launches
 from align.course import Course, Job
 from align.data.batch import Batch
 from align.launches import Launch
-from align.lora import LoraConfig
+from align.lora import LoraConfig, shard_head
 from align.losses.types import Loss
 from align.metrics import Meter, MetricsWriter, Tracker, read
 from align.optim import OptimConfig, build_optimizer
@@ -179,6 +180,8 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
     set_checkpointing(model, config.checkpointing)
     mesh = mesh_of(model)
     leave_out_of_ddp(model)
+    if accelerator.is_fsdp2 and isinstance(model, PeftModel):
+        shard_head(model)
     optimizer, scheduler = build_optimizer(model, config.optim, course.num_steps)
     prepared, wrapped = accelerator.prepare(model, optimizer)
     run = _Run(
