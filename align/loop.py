@@ -10,20 +10,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from align import checkpoint
+from align import checkpoint, launches
 from align.course import Course, Job
-from align.lora import LoraConfig
+from align.launches import Launch
+from align.lora import LoraConfig, shard_head
 from align.metrics import Meter, MetricsWriter, Tracker
 from align.optim import OptimConfig, build_optimizer
 from align.peaks import peak_operations
@@ -79,6 +80,14 @@ class TrainConfig(BaseModel):
     """Trackers fed beside metrics.jsonl."""
     backend: Literal["native", "trl"] = "native"
     """Whose trainer runs the stage."""
+
+    whole_weights_for: ClassVar[str] = ""
+    """What the kind does that takes whole weights on each process; "" if nothing does."""
+
+    @property
+    def max_sequences(self) -> int:
+        """Packed sequences of an optimizer step, at most."""
+        return self.batch_items or self.batch_sequences
 
     @property
     def has_autocast(self) -> bool:
@@ -159,7 +168,7 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
             cannot be written, or does not belong to this run.
     """
     accelerator = job.accelerator
-    _check(accelerator, model)
+    _check(accelerator, config)
     _check_dtypes(model, config)
     if config.backend != "native":
         raise ValueError(
@@ -169,6 +178,8 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
     set_checkpointing(model, config.checkpointing)
     mesh = mesh_of(model)
     leave_out_of_ddp(model)
+    if accelerator.is_fsdp2 and isinstance(model, PeftModel):
+        shard_head(model)
     optimizer, scheduler = build_optimizer(model, config.optim, course.num_steps)
     prepared, wrapped = accelerator.prepare(model, optimizer)
     run = _Run(
@@ -204,23 +215,13 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
     return dict(run.last)
 
 
-def _check(accelerator: Accelerator, model: nn.Module) -> None:
+def _check(accelerator: Accelerator, config: TrainConfig) -> None:
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"Accelerator.gradient_accumulation_steps = {accelerator.gradient_accumulation_steps}, "
             "expected 1; microbatches are set by micro_sequences"
         )
-    kind = accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed is not supported by backend: native; launch with ddp or fsdp2")
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("FSDP 1 is not supported; set fsdp_version: 2 or launch with ddp")
-    if kind == DistributedType.FSDP and mesh_of(model).expert.size > 1:
-        raise ValueError(
-            "parallel.expert is not supported under FSDP; launch with ddp or set it to 1"
-        )
-    if kind == DistributedType.FSDP and isinstance(model, PeftModel):
-        raise ValueError("lora is not supported under FSDP; launch with ddp or remove lora")
+    launches.check(config, Launch.of(accelerator))
 
 
 def _check_dtypes(model: nn.Module, config: TrainConfig) -> None:

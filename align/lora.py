@@ -12,6 +12,7 @@ from typing import Literal, Self
 import peft
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch.distributed.fsdp import fully_shard
 
 from model import HybridForCausalLM, HybridModel
 
@@ -86,6 +87,19 @@ def apply_lora(
         >>> {name.split(".")[-3] for name, p in adapted.named_parameters() if p.requires_grad}
         {'lora_A', 'lora_B'}
     """
-    with torch.random.fork_rng():
+    # only the devices in use: asked for none, torch opens every device of the machine
+    used = {parameter.device for parameter in model.parameters()}
+    with torch.random.fork_rng([device for device in used if device.type == "cuda"]):
         torch.manual_seed(seed)
         return peft.PeftModel(model, peft_config(config))
+
+
+def shard_head(model: peft.PeftModel) -> None:
+    """Shards the head together with the last norm (FSDP2), before the rest is sharded.
+
+    `token_logprobs` reads the head's weight and does not call the head, so the norm's call has to
+    gather both. accelerate joins them too, but finds no norm in a model with adapters.
+    """
+    base = model.get_base_model()
+    if isinstance(base, HybridForCausalLM):
+        fully_shard([base.model.norm, base.lm_head], reshard_after_forward=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import MethodType
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ranks import Ranks
+from model import Packed
 from model.kernels.attention.op import packed_attention
 from model.kernels.lightning.op import lightning_attention
 from model.lightning import LightningAttention
-from model.moe import Experts
+from model.moe import Experts, Router, router_load
 from model.parallel.collectives import gather_parts
 from model.parallel.expert import ExpertShare
 from model.parallel.lasp import LightningShare
@@ -40,6 +41,32 @@ def set_halves(model: nn.Module, overlaps: bool) -> None:
     for module in model.modules():
         if isinstance(module, Experts) and isinstance(module.core, ExpertShare):
             module.core = replace(module.core, overlaps=overlaps)
+
+
+def make_even(model: nn.Module, packed: Packed) -> None:
+    """Takes from random routers what all tokens have in common, which sends most to few experts.
+
+    A router that was trained with a balance loss is as even.
+    """
+
+    def level(router: Router, given: tuple[Tensor, ...]) -> None:
+        common = given[0].float().mean(0)
+        weight = router.weight.data
+        along = (weight.float() @ common)[:, None] * common / common.square().sum()
+        weight.copy_(weight.float() - along)
+
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    hooks = [router.register_forward_pre_hook(level) for router in routers]
+    with torch.no_grad():
+        model(packed=packed)
+    for hook in hooks:
+        hook.remove()
+
+
+def busiest(router_logits: Sequence[Tensor], top_k: int, ranks: int) -> float:
+    """Rows of the rank with most of them over those of an even share, the mean of the layers."""
+    share = router_load(router_logits, top_k).share
+    return float((share.unflatten(1, (ranks, -1)).sum(2).amax(1) * ranks).mean())
 
 
 @dataclass(frozen=True)

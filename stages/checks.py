@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data.files import NamedFile, local_files
+from align.launches import Launch, idle, misfit
 from align.loop import TrainConfig
 from model.config import PRESETS, preset
 from stages.artifact import START
@@ -16,6 +17,7 @@ from stages.inputs import models_of, sources_of
 from stages.recipe import BASES, MODEL, Recipe, Stage
 
 RESERVED = (MODEL, START, "vars", "name", "seed", "sandbox", "evals", "stages")
+UNKNOWN = Launch()
 # What a stage makes of sampled rows: a sample stage's `make` has to be the same.
 ROWS_FOR = {"sft": "sft", "dpo": "dpo", "reward": "dpo"}
 
@@ -32,14 +34,14 @@ def parents_of(stage: Stage) -> dict[str, str]:
 
 
 def cross_check(
-    recipe: Recipe, base: Path, *, with_files: bool = True, num_processes: int = 0
+    recipe: Recipe, base: Path, *, with_files: bool = True, launch: Launch = UNKNOWN
 ) -> None:
     """Checks what no single value shows: references, files, names.
 
     Args:
         base: folder that relative paths are resolved against.
         with_files: False leaves out whether data files and checkpoints exist.
-        num_processes: of the run, which rows and experts are shared over; 0 if not known.
+        launch: of the run, whose processes share rows and experts.
 
     Raises:
         ConfigError: one line with place, key, value and remedy.
@@ -50,8 +52,9 @@ def cross_check(
         _check_references(recipe, stage)
     _check_evals(recipe)
     _check_model(recipe, base, with_files)
+    experts = _experts(recipe, base)
     for stage in recipe.stages:
-        _check_parallel(recipe, stage, num_processes, _num_experts(recipe, base))
+        _check_launch(recipe, stage, launch, experts)
     document = recipe.document
     evals = enumerate(recipe.evals.values())
     parts: list[tuple[Keys, Any]] = [((MODEL,), recipe.head.model)]
@@ -196,25 +199,38 @@ def _check_model(recipe: Recipe, base: Path, with_files: bool) -> None:
             raise document.error(keys, f"no {file} in this folder; expected a saved checkpoint")
 
 
-def _check_parallel(recipe: Recipe, stage: Stage, num_processes: int, num_experts: int) -> None:
+def _check_launch(recipe: Recipe, stage: Stage, launch: Launch, experts: tuple[int, int]) -> None:
     if not isinstance(stage.config, TrainConfig):
         return
-    found = stage.config.parallel.misfit(num_processes, num_experts=num_experts)
+    num_experts, width = experts
+    found = misfit(stage.config, launch, num_experts=num_experts, expert_width=width)
     if found:
-        key, expected = found
-        raise recipe.document.error(("stages", stage.index, "parallel", key), expected)
+        keys = found[0].split(".")
+        raise recipe.document.error(("stages", stage.index, *keys), found[1])
 
 
-def _num_experts(recipe: Recipe, base: Path) -> int:
-    """Experts a layer of the recipe's model; 0 if its config is not on this machine."""
+def _experts(recipe: Recipe, base: Path) -> tuple[int, int]:
+    """Experts a layer of the recipe's model and their width; 0 if not known on this machine."""
     config = recipe.head.model
     if config.preset:
-        return int(preset(config.preset).num_local_experts)
+        shape = preset(config.preset)
+        return int(shape.num_local_experts), int(shape.intermediate_size)
     folder = config.folder(base)
     file = folder / "config.json" if folder else None
     if file is None or not file.is_file():
-        return 0
-    return int(json.loads(file.read_text(encoding="utf-8")).get("num_local_experts", 0))
+        return 0, 0
+    told = json.loads(file.read_text(encoding="utf-8"))
+    return int(told.get("num_local_experts", 0)), int(told.get("intermediate_size", 0))
+
+
+def idle_processes(recipe: Recipe, launch: Launch) -> list[str]:
+    """A line for each stage whose steps have fewer microbatches than processes."""
+    told = {
+        stage.name: idle(stage.config, launch)
+        for stage in recipe.stages
+        if isinstance(stage.config, TrainConfig)
+    }
+    return [f"{name}: {line}" for name, line in told.items() if line]
 
 
 def _tokenizer_path(document: Document) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -48,14 +49,16 @@ def run(
     """Climbs a recipe: finished stages are skipped, half-done ones resume."""
     with guarded(traceback):
         from align.evals import run_eval
-        from model.parallel.mesh import launched_processes
-        from stages.checks import cross_check
+        from align.launches import Launch
+        from stages.checks import cross_check, idle_processes
         from stages.runner import Ground, climb
         from stages.start import make_start
         from stages.table import eval_table
 
         loaded = _load(recipe, sets)
-        cross_check(loaded, Path.cwd(), num_processes=launched_processes())
+        here = Launch.here()
+        launch = replace(here, processes=here.processes or 1)
+        cross_check(loaded, Path.cwd(), launch=launch)
         accelerator = _accelerator()
         console = Console(stderr=True, highlight=False)
 
@@ -63,6 +66,8 @@ def run(
             if accelerator.is_main_process:
                 console.print(line, markup=False)
 
+        for line in idle_processes(loaded, launch):
+            say(f"note: {line}")
         ground = Ground(
             run=out or Path("runs") / loaded.name,
             base=Path.cwd(),
@@ -88,19 +93,27 @@ def check(
         bool, typer.Option("--files/--without-files", help="Whether data files have to exist.")
     ] = True,
     processes: Annotated[
-        int, typer.Option(min=0, help="Processes of the run, for parallel; 0 is any number.")
+        int, typer.Option(min=0, help="Processes of the run; 0 is any number, or launch's.")
     ] = 0,
+    launch: Annotated[
+        Path | None, typer.Option(help="accelerate's config file that the run is launched with.")
+    ] = None,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Reads and cross-checks a recipe and prints what it will do; trains nothing."""
     with guarded(traceback):
-        from stages.checks import cross_check
+        from align.launches import Launch
+        from stages.checks import cross_check, idle_processes
         from stages.plan import plan, plan_text
 
         loaded = _load(recipe, sets)
-        cross_check(loaded, Path.cwd(), with_files=files, num_processes=processes)
+        found = Launch.read(launch) if launch else Launch.here()
+        found = replace(found, processes=processes or found.processes)
+        cross_check(loaded, Path.cwd(), with_files=files, launch=found)
         show(plan(loaded) if as_json else plan_text(loaded))
+        for line in idle_processes(loaded, found):
+            typer.echo(f"note: {line}", err=True)
 
 
 @app.command("eval")

@@ -15,10 +15,10 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from peft import PeftModel
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -75,6 +75,13 @@ class GrpoConfig(TrainConfig):
     """Responses decoded at once by one process; bounds memory, never changes a result."""
     rollout: RolloutConfig = RolloutConfig()
     """Who samples: the trainer itself, vLLM beside it, or workers."""
+
+    whole_weights_for: ClassVar[str] = "sampling"
+
+    @property
+    def max_sequences(self) -> int:
+        """Of a response each, at most."""
+        return self.prompts_per_step * self.group_size
 
     @model_validator(mode="after")
     def _samples_with_all_experts(self) -> Self:
@@ -367,15 +374,10 @@ def run(config: GrpoConfig, job: Job) -> Outcome:
     """Trains job.start on its own judged responses and writes the policy to job.artifact.
 
     Raises:
-        ValueError: if a row, a file or the starting policy is not what it should be, or the model
-            is sharded (the engine needs whole weights).
+        ValueError: if a row, a file or the starting policy is not what it should be, or the
+            launch does not go with it.
         RuntimeError: as `align.loop.train`.
     """
-    if job.accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError(
-            "grpo: the native engine needs whole weights on each process, and FSDP shards them; "
-            "launch with ddp or on one process"
-        )
     start, tokenizer = open_start(config, job)
     prompts = read_prompts(
         config.data,

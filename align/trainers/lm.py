@@ -13,11 +13,13 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from align import launches
 from align.course import Course, Job, Outcome, Step
 from align.data.batch import Batch
 from align.data.loader import PackedData, place_of
 from align.data.sources import DataConfig
 from align.data.supply import supply_texts
+from align.launches import Launch
 from align.loop import TrainConfig, train
 from align.lora import apply_lora
 from align.losses.lm import lm_loss
@@ -104,7 +106,7 @@ def open_start(config: TrainConfig, job: Job) -> tuple[HybridForCausalLM, PreTra
     dtype = torch.bfloat16 if is_frozen or config.optim.weights != "fp32" else torch.float32
     accelerator, parallel = job.accelerator, config.parallel
     # before the weights are read, which takes minutes
-    parallel.check(accelerator.num_processes)
+    launches.check(config, Launch.of(accelerator))
     model, tokenizer = load_policy(job.start, dtype=dtype, device=accelerator.device)
     mesh = open_mesh(
         parallel,

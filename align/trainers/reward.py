@@ -15,11 +15,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -84,6 +84,8 @@ class RewardConfig(TrainConfig):
     """How chances are fitted on the held-out pairs: heads by a temperature, the total by this."""
     margin_scale: float = Field(default=0.0, ge=0)
     """The chosen answer should lead by this times the label's margin, in logits."""
+
+    whole_weights_for: ClassVar[str] = "measuring a reward model"
 
     @model_validator(mode="after")
     def _refreshes_in_steps(self) -> Self:
@@ -240,8 +242,6 @@ def run(config: RewardConfig, job: Job) -> Outcome:
     if config.constitution is not None:
         told = read_constitution(job.base / config.constitution.path)
         config = config.model_copy(update={"hierarchy": told.over(config.hierarchy)})
-    if job.accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError(f"{job.name}: kind reward is not sharded yet; launch with cpu or ddp")
     start, tokenizer = open_start(config, job)
     supplied, sources = supply_pairs(config, job, tokenizer)
     dev = held_out(config, job, tokenizer)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
+from model.kernels.experts.places import Places, combine, sort_places, spread
 from model.moe import Experts
 from model.parallel.collectives import (
     Voyage,
@@ -72,20 +73,18 @@ class ExpertShare:
         # experts again only to come to the second's
         cuts = 2 if self.overlaps and not in_pieces else 1
         sizes = [len(x) - len(x) // 2, len(x) // 2] if cuts == 2 else [len(x)]
-        tables = _Table.of(
-            chosen.split(sizes), held=len(gate_up), axis=self.axis, tensor=self.tensor
-        )
+        held = len(gate_up)
+        places = [sort_places(part, held * self.axis.size) for part in chosen.split(sizes)]
+        counts = _Counts(places, held, axis=self.axis, tensor=self.tensor)
         halves = [
-            _Half(tokens, scale, table, self.axis)
-            for tokens, scale, table in zip(
-                low.split(sizes), weights.split(sizes), tables, strict=True
-            )
+            _Half(*part, self.axis)
+            for part in zip(low.split(sizes), weights.split(sizes), places, strict=True)
         ]
-        for half in halves:
-            half.depart()
+        for half, table in zip(halves, counts.tables(), strict=True):
+            half.depart(table)
         for half in halves:
             rows, scale = half.arrive()
-            expert, joined = half.table.expert[:, None], half.table.joined
+            expert, joined = half.expert[:, None], half.joined
             if self.tensor.size > 1:
                 rows, scale, expert = (
                     gather_parts(x, joined, self.tensor) for x in (rows, scale, expert)
@@ -98,122 +97,120 @@ class ExpertShare:
         return (found[0] if cuts == 1 else torch.cat(found)).to(x.dtype)
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Which rows travel where.
+class _Table(NamedTuple):
+    """How many rows travel where.
 
     Args:
-        order: [rows] place [token, k] of each row that leaves, by expert.
-        expert: [rows that come], which of the experts here each is for.
-        shape: tokens, K.
         send, receive: rows to and from each rank.
         joined: rows that come to each of the ranks that share the width.
+        expert: [rows that come], which of the experts here each is for.
     """
 
-    order: Tensor
-    expert: Tensor
-    shape: tuple[int, int]
     send: list[int]
     receive: list[int]
     joined: list[int]
+    expert: Tensor
 
-    @staticmethod
-    def of(parts: Sequence[Tensor], *, held: int, axis: Axis, tensor: Axis) -> list[_Table]:
-        """Of each part of the tokens; the host waits for the device once."""
-        ranks = axis.size
-        flat = [part.flatten() for part in parts]
+
+class _Counts:
+    """Rows of each part for each expert, told by every rank to every other."""
+
+    def __init__(self, parts: Sequence[Places], held: int, *, axis: Axis, tensor: Axis) -> None:
+        self.ranks = axis.size
         # [ranks, parts, held]: rows to each rank's experts, and rows from each rank to those here
-        going = torch.stack(
-            [
-                torch.bincount(x, minlength=held * ranks + 1)[: held * ranks].view(ranks, held)
-                for x in flat
-            ],
-            dim=1,
-        )
-        coming = exchange(going, [1] * ranks, [1] * ranks, axis)
-        told = torch.cat([going.sum(2).t(), coming.sum(2).t()], dim=1)
+        counts = [part.ends.diff(prepend=part.ends.new_zeros(1)) for part in parts]
+        going = torch.stack([count.view(self.ranks, held) for count in counts], dim=1)
+        self.coming = exchange(going, [1] * self.ranks, [1] * self.ranks, axis)
+        told = torch.cat([going.sum(2).t(), self.coming.sum(2).t()], dim=1)
         if tensor.size > 1:
-            came = all_gather(coming.sum((0, 2)), tensor)
+            came = all_gather(self.coming.sum((0, 2)), tensor)
             told = torch.cat([told, came.t()], dim=1)
-        send, receive, joined = zip(
-            *((row[:ranks], row[ranks : 2 * ranks], row[2 * ranks :]) for row in told.tolist()),
-            strict=True,
-        )
-        own = torch.arange(held, device=coming.device).repeat(ranks)
-        return [
-            _Table(
-                order=flat[n].argsort(stable=True)[: sum(send[n])],
-                expert=own.repeat_interleave(coming[:, n].flatten(), output_size=sum(receive[n])),
-                shape=(part.shape[0], part.shape[1]),
-                send=send[n],
-                receive=receive[n],
-                joined=joined[n],
-            )
-            for n, part in enumerate(parts)
-        ]
+        self.told = _start_reading(told)
+
+    def tables(self) -> list[_Table]:
+        """Of each part; the host waits for the device."""
+        ranks, held = self.ranks, self.coming.shape[2]
+        own = torch.arange(held, device=self.coming.device).repeat(ranks)
+        tables = []
+        for n, row in enumerate(self.told()):
+            send, receive, joined = row[:ranks], row[ranks : 2 * ranks], row[2 * ranks :]
+            came = self.coming[:, n].flatten()
+            expert = own.repeat_interleave(came, output_size=sum(receive))
+            tables.append(_Table(send, receive, joined, expert))
+        return tables
+
+
+def _start_reading(x: Tensor) -> Callable[[], list[list[int]]]:
+    """What gives x on the host; until then the device goes on with what is launched after it."""
+    if not x.is_cuda:
+        return x.tolist
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[list[int]]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
 
 
 class _Half:
     """A part of the tokens on its way to its experts and back."""
 
-    def __init__(self, x: Tensor, weights: Tensor, table: _Table, axis: Axis) -> None:
-        self.x, self.weights, self.table = x, weights, table
-        self.there = [Voyage(table.send, table.receive, axis) for _ in range(2)]
-        self.back = Voyage(table.receive, table.send, axis)
+    def __init__(self, x: Tensor, weights: Tensor, places: Places, axis: Axis) -> None:
+        self.x, self.weights, self.places, self.axis = x, weights, places, axis
+        # before the host knows how many leave, so that the device has something to do meanwhile
+        with torch.no_grad():
+            self.rows = spread(x, places)
 
-    def depart(self) -> None:
-        order = self.table.order
-        rows = _Spread.apply(self.x, order, self.table.shape[1])
-        scale = self.weights.flatten().index_select(0, order)[:, None]
-        self.rows, self.scale = map(start_exchange, (rows, scale), self.there)
+    def depart(self, table: _Table) -> None:
+        self.expert, self.joined, count = table.expert, table.joined, sum(table.send)
+        self.there = [Voyage(table.send, table.receive, self.axis) for _ in range(2)]
+        self.back = Voyage(table.receive, table.send, self.axis)
+        rows = _Spread.apply(self.x, self.rows[:count], self.places)
+        scale = self.weights.flatten().index_select(0, self.places.place[:count])[:, None]
+        self.sent = [start_exchange(*pair) for pair in zip((rows, scale), self.there, strict=True)]
 
     def arrive(self) -> tuple[Tensor, Tensor]:
-        rows, scale = map(end_exchange, (self.rows, self.scale), self.there)
+        rows, scale = map(end_exchange, self.sent, self.there)
         return rows, scale
 
     def go_back(self, out: Tensor) -> None:
         self.out = start_exchange(out, self.back)
 
     def come_back(self) -> Tensor:
-        out = end_exchange(self.out, self.back)
-        return _Gathered.apply(out, self.table.order, self.table.shape)
+        return _Gathered.apply(end_exchange(self.out, self.back), self.places, len(self.x))
 
 
 class _Spread(torch.autograd.Function):
-    """[T, C] -> a row for each place [token, k] of `order`; backward adds in a fixed order."""
+    """[T, C] -> a row for each place [token, k] by expert, which the caller has made."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.shape = (x.shape[0], top_k)
-        return x.index_select(0, order // top_k)
+    def forward(ctx: Any, x: Tensor, rows: Tensor, places: Places) -> Tensor:
+        ctx.places, ctx.tokens = places, len(x)
+        return rows.view_as(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (order,) = ctx.saved_tensors
-        return _sum_places(grad, order, ctx.shape), None, None
+        return combine(grad, ctx.places, ctx.tokens), None, None
 
 
 class _Gathered(torch.autograd.Function):
     """The way back: rows of places [token, k], those of a token summed."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, places: Places, tokens: int) -> Tensor:
         # not by save_for_backward: a checkpoint would compute the experts again to come here
-        ctx.order, ctx.top_k = order, shape[1]
-        return _sum_places(rows, order, shape)
+        ctx.places, ctx.count = places, len(rows)
+        return combine(rows, places, tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.index_select(0, ctx.order // ctx.top_k), None, None
-
-
-def _sum_places(rows: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Each place has one row or none, so that no two are added to one address at once."""
-    room = rows.new_zeros(shape[0] * shape[1], rows.shape[1]).index_copy_(0, order, rows)
-    return room.view(*shape, rows.shape[1]).sum(1)
+        return spread(grad, ctx.places)[: ctx.count], None, None
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,17 @@ class ParallelConfig(BaseModel):
 
 
 def launched_processes() -> int:
-    """Processes that this one was launched with, itself counted, before they have met."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes that this one was launched with, itself counted; 0 if by no launcher."""
+    return int(os.environ.get("WORLD_SIZE", "0"))
+
+
+def launched_sharding() -> Literal["whole", "fsdp1", "fsdp2", "deepspeed"]:
+    """What `accelerate launch` was told to spread weights with, before the processes have met."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        return "deepspeed"
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return "fsdp2" if os.environ.get("FSDP_VERSION", "1") == "2" else "fsdp1"
+    return "whole"
 
 
 def _listed(number: int) -> str:

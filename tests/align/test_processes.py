@@ -84,7 +84,7 @@ def stopping(course_type):
             return super().step(index)
     return Stopping
 
-if kind == "dpo":
+if kind in ("dpo", "fsdp-dpo"):
     model = apply_lora(model, LoraConfig(rank=2), seed=0)
     config = DpoConfig(
         data=(DataConfig(path="x"),), optim=optim, lora=LoraConfig(rank=2), save_every_steps=2
@@ -115,7 +115,8 @@ except Stop:
 if kind.startswith("fsdp"):
     is_sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert is_sharded == (accelerator.num_processes > 1)
-    save_policy(model, small.tokenizer(), folder / "artifact")
+    base = small.start(folder / "base") if kind == "fsdp-dpo" else None
+    save_policy(model, small.tokenizer(), folder / "artifact", base=base)
     model = load_policy(folder / "artifact")[0] if accelerator.is_main_process else model
 if accelerator.is_main_process and kind != "experts":
     torch.save(model.state_dict(), folder / "final.pt")
@@ -139,7 +140,7 @@ def results(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("kind", ["lm", "dpo", "fsdp", "fsdp-rows"])
+@pytest.mark.parametrize("kind", ["lm", "dpo", "fsdp", "fsdp-rows", "fsdp-dpo"])
 def test_two_processes_train_what_one_trains(tmp_path: Path, kind: str) -> None:
     for processes in (1, 2):
         told = run(kind, tmp_path / str(processes), processes)

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-# what a step took, and the engine's own rounding, which depends on the size of its batches
-UNLIKE = {"seconds", "tokens_per_s", "engine/gap", "engine/gap_max"}
+# what a step took, and the rounding of what engine and trainer compute at once
+UNLIKE = ("seconds", "tokens_per_s", "engine/gap", "ledger/gap")
 
 
 def shrunk_demo() -> dict[str, Any]:
@@ -34,6 +34,10 @@ def shrunk_demo() -> dict[str, Any]:
             stage |= {"prompts_per_part": 8, "min_gap": 0.05, "min_score": 0.0}
         else:
             stage |= {"max_steps": 3, "micro_sequences": 2}
+        if "warmup_share" in stage.get("optim", {}):
+            # The recipe begins with warmup. At its highest rate the first three steps from the base
+            # are unstable: the loss rises, and 1e-7 of rounding grows threefold with every stage.
+            stage["optim"] = {"lr": stage["optim"]["lr"] / 5, "schedule": "constant"}
     return recipe
 
 
@@ -77,16 +81,26 @@ def test_the_demos_ladder_is_the_same_for_one_and_two_processes(tmp_path: Path):
     data = launch(tmp_path, "data")
     rows = launch(tmp_path, "rows", *(f"{stage}.parallel.sequence=2" for stage in trained))
     for stage in trained:
-        wanted = lines(one, stage)
-        assert len(wanted) == len(lines(data, stage)) == len(lines(rows, stage)) == 3
-        for expected, told in zip(wanted, lines(data, stage), strict=True):
-            assert told.keys() == expected.keys()
-            for key in told.keys() - UNLIKE:
-                assert told[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-4), (stage, key)
-        # A shared row's sums are rounded otherwise, and one last bit can turn a sampled token.
-        if stage != "grpo":
-            for expected, told in zip(wanted, lines(rows, stage), strict=True):
-                assert told["loss"] == pytest.approx(expected["loss"], abs=1e-4), stage
+        for other in (data, rows):
+            assert len(lines(other, stage)) == len(lines(one, stage)) == 3
+            for expected, told in zip(lines(one, stage), lines(other, stage), strict=True):
+                assert told.keys() == expected.keys()
+                for key in told:
+                    wanted = pytest.approx(expected[key], rel=1e-4, abs=1e-4)
+                    is_same = told[key] == wanted or key.startswith(UNLIKE)
+                    assert is_same, (other.name, stage, key, told[key], expected[key])
+    # A shared row's sums are rounded otherwise, yet what is sampled is the same text.
+    assert sampled(rows) == sampled(one)
+    for told, expected in zip(table(rows), table(one), strict=True):
+        assert told == pytest.approx(expected, abs=1e-4)
+    # Where rows are whole, a process computes what one alone computes.
     assert table(data) == table(one)
-    sampled = "pairs-short/artifact/rows.jsonl"
-    assert (data / sampled).read_bytes() == (one / sampled).read_bytes()
+    file = "pairs-short/artifact/rows.jsonl"
+    assert (data / file).read_bytes() == (one / file).read_bytes()
+
+
+def sampled(run: Path) -> list[dict[str, Any]]:
+    """The pairs of the sample stage, but for the judge's numbers."""
+    text = (run / "pairs-short/artifact/rows.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]

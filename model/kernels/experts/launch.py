@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -19,20 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.kernels.experts import kernel
-
-
-class Places(NamedTuple):
-    """Where each of the T * K places went.
-
-    Args:
-        ends: [E] int32, where each expert's rows end.
-        position: [T * K] int32, row of a place; -1 where it is dropped.
-        place: [T * K] int32, place of a row; of no meaning after the last row.
-    """
-
-    ends: Tensor
-    position: Tensor
-    place: Tensor
+from model.kernels.experts.places import Places
 
 
 @dataclass(frozen=True)

@@ -413,7 +413,8 @@ def test_a_scoring_service_judges_as_its_artifact_would_here(tmp_path: Path):
 def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: Any):
     job = small.job(tmp_path, small.start(tmp_path / "start"))
     monkeypatch.setattr(job.accelerator.state, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(ValueError, match=r"native engine needs whole weights.*launch with ddp"):
+    monkeypatch.setattr(type(job.accelerator), "is_fsdp2", True)
+    with pytest.raises(ValueError, match=r"kind: sampling needs whole weights.*use ddp"):
         run(config(), job)
 
 

@@ -384,8 +384,11 @@ def test_what_cannot_be_trained_is_an_error(tmp_path):
 def test_a_sharded_launch_is_refused(tmp_path):
     class Sharded:
         distributed_type = DistributedType.FSDP
+        is_fsdp2 = True
+        num_processes = 2
 
-    with pytest.raises(ValueError, match="stage: kind reward is not sharded yet"):
+    told = "kind: measuring a reward model needs whole weights"
+    with pytest.raises(ValueError, match=told):
         run(config(), small.job(tmp_path, accelerator=Sharded()))
 
 
