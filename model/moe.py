@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -162,3 +163,32 @@ def router_losses(
         squares = row.mean(router_z_loss(router_logits), router_logits[0].shape[0])
         losses.append(config.router_z_loss_coef * squares)
     return sum(losses[1:], losses[0]) if losses else None
+
+
+class RouterLoad(NamedTuple):
+    """How evenly the experts were used.
+
+    Args:
+        share: [layers, E] share of the assignments, sum 1 a layer.
+        worst: largest share times E over all layers: 1 is even, E / K is collapsed.
+        dropped: share of assignments over capacity; 0 without a capacity.
+    """
+
+    share: Tensor
+    worst: Tensor
+    dropped: Tensor
+
+
+@torch.no_grad()
+def router_load(
+    router_logits: Sequence[Tensor], top_k: int, capacity_factor: float = 0.0
+) -> RouterLoad:
+    """Load metrics of one forward, from its router logits ([T, E] a layer)."""
+    share = torch.stack([_load(x, top_k) / top_k for x in router_logits])
+    experts = share.shape[-1]
+    dropped = torch.zeros(())
+    if capacity_factor > 0:
+        limit = math.ceil(capacity_factor * router_logits[0].shape[0] * top_k / experts)
+        counts = share * router_logits[0].shape[0] * top_k
+        dropped = (counts - limit).clamp(min=0).sum() / counts.sum()
+    return RouterLoad(share, share.max() * experts, dropped)

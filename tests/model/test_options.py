@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model import HybridForCausalLM, Packed
 from model.config import preset
-from model.moe import balance_loss, drop_over_capacity, router_z_loss
+from model.moe import balance_loss, drop_over_capacity, router_load, router_z_loss
 from tests.helpers import assert_close
 from tests.model.dense import dense_logits
 from tests.model.setting import (
@@ -140,6 +140,16 @@ def test_packed_call_adds_up_the_router_losses():
     assert_close("aux_loss", out.aux_loss, expected, EXACT)
     silent = build(router_aux_loss_coef=0.0)
     assert silent(packed=Packed.from_sequences(random_sequences([3]))).aux_loss is None
+
+
+def test_load_metrics_tell_even_from_collapsed():
+    even = torch.eye(4)[[0, 1, 2, 3]] * 2 + torch.eye(4)[[1, 2, 3, 0]]
+    assert router_load([even], 2).share.tolist() == [[0.25] * 4]
+    collapsed = torch.tensor([[50.0, 50.0, 0.0, 0.0]]).repeat(8, 1)
+    load = router_load([collapsed], 2, 1.0)
+    assert float(load.worst) == 2.0
+    # capacity is ceil(1.0 * 8 * 2 / 4) = 4 of the 8 tokens that each of two experts got
+    assert float(load.dropped) == 0.5
 
 
 # Precision
