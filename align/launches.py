@@ -124,7 +124,8 @@ def _unsharded(config: Shared, sharding: Sharding) -> Misfit | None:
 
 def check(config: Shared, launch: Launch) -> None:
     """Raises ValueError for what `misfit` finds."""
-    found = misfit(config, launch)
+    config.parallel.check(launch.processes)
+    found = _unsharded(config, launch.sharding)
     if found:
         raise ValueError(f"{found[0]}: {found[1]}")
 

@@ -9,6 +9,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from align.evals import EvalConfig
+from align.launches import Launch
 from stages.checks import cross_check
 from stages.kinds import KINDS
 from stages.plan import derived, plan_text
@@ -107,5 +108,5 @@ def test_what_cannot_be_shared_is_refused_before_it_starts(
                 file, [f"sft-short.{s}" for s in sets], kinds=KINDS, eval_config=EvalConfig
             ),
             ROOT,
-            num_processes=processes,
+            launch=Launch(processes),
         )
