@@ -163,8 +163,10 @@ def test_a_cancelled_stream_and_a_cancelled_call_free_their_slots(
 
 
 def test_more_than_the_queue_holds_is_refused_for_now_or_for_ever():
-    with served(make_worker(small.model(), max_samples=4)) as live:
-        asked = {"model": "small", "prompt": PROMPT, "max_tokens": 60}
+    # long enough to be live still when the last one asks, however busy the machine; then left
+    worker = make_worker(small.model(), max_slots=64, max_samples=4, max_tokens=4000)
+    with served(worker) as live:
+        asked = {"model": "small", "prompt": PROMPT, "max_tokens": 3900}
         with httpx.Client(base_url=live.url) as http:
             never = http.post("/v1/completions", json=asked | {"n": 5})
             assert never.status_code == 400
