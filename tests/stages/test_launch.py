@@ -91,10 +91,11 @@ def test_the_demos_ladder_is_the_same_for_one_and_two_processes(tmp_path: Path):
                     assert is_same, (other.name, stage, key, told[key], expected[key])
     # A shared row's sums are rounded otherwise, yet what is sampled is the same text.
     assert sampled(rows) == sampled(one)
-    for told, expected in zip(table(rows), table(one), strict=True):
-        assert told == pytest.approx(expected, abs=1e-4)
-    # Where rows are whole, a process computes what one alone computes.
-    assert table(data) == table(one)
+    for other in (data, rows):
+        for told, expected in zip(table(other), table(one), strict=True):
+            assert told == pytest.approx(expected, abs=1e-4)
+    # Up to two microbatches a step give the same bits; three (dpo-long) are added in another order
+    # by two processes than by one.
     file = "pairs-short/artifact/rows.jsonl"
     assert (data / file).read_bytes() == (one / file).read_bytes()
 

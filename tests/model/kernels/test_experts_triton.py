@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.kernels.experts import places
 from model.kernels.experts.blocks import expert_layer_blocks
 from model.kernels.experts.reference import experts_reference
 from model.kernels.experts.router import router_logits
@@ -173,6 +174,25 @@ def test_only_wanted_gradients_are_made(launch: ModuleType, monkeypatch: pytest.
     out.backward(case.dy.to(DEVICE))
     exact = case.run(_defined, "cpu", wide=True)
     assert_close("dx", x.grad.cpu(), exact["dx"], 1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top"), [(1, 2, 1), (65, 5, 3), (300, 32, 2)])
+def test_places_are_those_of_torch(launch: ModuleType, tokens: int, experts: int, top: int):
+    """As rows that travel to shared experts are sorted, spread and summed; some are dropped."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(experts + 1, (tokens, top), generator=generator)
+    x = torch.randn(tokens, 40, generator=generator)
+    exact = places.sort_places(chosen, experts)
+    found = launch.sort_places(chosen.to(DEVICE), experts)
+    count = int(exact.ends[-1])
+    assert torch.equal(found.ends.cpu(), exact.ends)
+    assert torch.equal(found.position.cpu(), exact.position)
+    assert torch.equal(found.place[:count].cpu(), exact.place[:count])
+    rows = launch.spread(x.to(DEVICE), found.position)[:count]
+    wanted = places.spread(x, exact)[:count]
+    assert torch.equal(rows.cpu(), wanted)
+    summed = launch.combine(rows, found.position, None, tokens)
+    assert_close("summed", summed.cpu(), places.combine(wanted, exact, tokens), 1e-6)
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top"), [(1, 2, 1), (65, 5, 3), (300, 32, 2)])
