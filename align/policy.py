@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model import HybridForCausalLM
+from model.memory import align_weights
 
 BASE = "base.json"
 ADAPTER = "adapter_model.safetensors"
@@ -122,6 +123,7 @@ def load_policy(
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     placed: nn.Module = model
     placed.to(device=device, dtype=dtype).requires_grad_(True).eval()
+    align_weights(placed)
     return model, tokenizer
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from model import HybridModel, Packed
+from model.memory import align_weights
 from model.moe import router_losses
 from reward.hierarchy import Hierarchy
 
@@ -234,7 +235,9 @@ class RewardModel(nn.Module):
                 f"{folder / HEADS_FILE}: version {model.version}, but {REWARD_FILE} says "
                 f"{told.version}; one of the files was changed, train the reward stage anew"
             )
-        return model.to(device).eval()
+        model.to(device).eval()
+        align_weights(model)
+        return model
 
 
 def _check_prompts(lengths: tuple[int, ...], prompt_lengths: Sequence[int]) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from align.data.batch import Batch
 from align.lora import LoraConfig, apply_lora
 from align.policy import adapter_chain, load_policy, save_policy, weights_digest
+from model import HybridForCausalLM
+from model.memory import ALIGNMENT
 from tests.align import small
 from tests.align.test_lora import shake
 from tests.helpers import assert_close
@@ -41,6 +43,14 @@ def test_full_weights_round_trip(tmp_path: Path) -> None:
     assert not model.training
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert not (tmp_path / "a" / "base.json").exists()
+
+
+def test_weights_lie_where_every_process_would_put_them(tmp_path: Path) -> None:
+    policy = small.start(tmp_path / "a")
+    mapped = HybridForCausalLM.from_pretrained(policy)
+    assert any(weight.data_ptr() % ALIGNMENT for weight in mapped.parameters())
+    model, _ = load_policy(policy)
+    assert not any(weight.data_ptr() % ALIGNMENT for weight in model.parameters())
 
 
 def test_chain_of_adapters_is_merged(tmp_path: Path) -> None:
