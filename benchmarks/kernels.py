@@ -36,13 +36,14 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def median_ms(work: Callable[[], object], repeats: int = 11) -> float:
+def median_ms(work: Callable[[], object], repeats: int = 11, *, pauses: int = 1) -> float:
+    """Time on the device behind pauses long enough that the host has launched all of it."""
     for _ in range(2):
         work()
     times = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(PAUSE_CYCLES)
+        torch.cuda._sleep(pauses * PAUSE_CYCLES)
         begin.record()
         work()
         end.record()

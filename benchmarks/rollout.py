@@ -33,7 +33,7 @@ from typing import Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.kernels import DEVICE, PAUSE_CYCLES, median_ms, say
+from benchmarks.kernels import DEVICE, median_ms, say
 from benchmarks.train_step import build, their_model
 from model import DecodeCache, HybridConfig, HybridForCausalLM, Packed
 from model.config import PRESETS, count_parameters, preset
@@ -176,20 +176,6 @@ def prefill(model: HybridForCausalLM) -> None:
     engine.close()
 
 
-def behind_a_pause_ms(work: Callable[[], object]) -> float:
-    """Time on the device alone: the host has launched all of it before the first kernel runs."""
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(40 * PAUSE_CYCLES)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
 @torch.no_grad()
 def short(model: HybridForCausalLM) -> None:
     """What a bucket of padding could gain: the host launches a short prompt's kernels one by one,
@@ -205,7 +191,7 @@ def short(model: HybridForCausalLM) -> None:
             torch.arange(length, device=DEVICE),
             (length,),
         )
-        kernels = behind_a_pause_ms(lambda packed=packed: model.model.run(packed))
+        kernels = median_ms(lambda packed=packed: model.model.run(packed), 5, pauses=40)
         say(
             f"prefill of {length:3d} tokens alone: {statistics.median(times[2:]):.2f} ms on the "
             f"wall, trunk on the device {kernels:.2f}"

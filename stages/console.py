@@ -44,7 +44,10 @@ def guarded(traceback: bool) -> Iterator[None]:
     except (ValueError, RuntimeError, OSError) as error:
         if traceback:
             raise
-        first, *rest = str(error).splitlines() or [type(error).__name__]
+        told = str(error)
+        if isinstance(error, FileNotFoundError) and error.filename:
+            told = f"{error.filename}: no such file or folder; check the path"
+        first, *rest = told.splitlines() or [type(error).__name__]
         more = " (more with --traceback)" if rest else ""
         typer.echo(f"error: {first}{more}", err=True)
         code = USER_ERROR if isinstance(error, ValueError) else WORLD_ERROR

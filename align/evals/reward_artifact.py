@@ -24,7 +24,14 @@ def is_reward(folder: Path) -> bool:
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies in an artifact."""
+    """The tokenizer that lies in a reward artifact.
+
+    Raises:
+        ValueError: if the folder is none.
+    """
+    for name in (REWARD_FILE, "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: no {name}; expected the artifact of a reward stage")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

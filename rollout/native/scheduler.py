@@ -215,7 +215,6 @@ class Scheduler:
         self.live = [sample for sample in self.live if sample not in gone]
         self.swapped = [sample for sample in self.swapped if sample not in gone]
         for sample in ended:
-            sample.group.num_ended += 1
             sample.saved = None
             if sample.slot >= 0:
                 cache.free(sample.slot)

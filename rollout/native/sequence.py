@@ -30,7 +30,7 @@ class Group:
         root: slot of the prompt; -1 before prefill and once the last sample took it.
         num_prefilled: prompt tokens that the root holds.
         logits: [V] fp32 after the last prompt token, shared by all samples; None before.
-        num_started, num_ended: samples.
+        num_started: samples.
         experts: [T, layers, K] pieces of the prompt's; empty unless asked for.
         arrived, began: seconds on a clock; began is 0 before the first prefill.
         version: of the weights that began it; None before.
@@ -42,7 +42,6 @@ class Group:
     num_prefilled: int = 0
     logits: Tensor | None = None
     num_started: int = 0
-    num_ended: int = 0
     experts: list[Tensor] = field(default_factory=list)
     arrived: float = field(default_factory=time.perf_counter)
     began: float = 0.0

@@ -106,8 +106,13 @@ def test_a_calibrated_artifact_serves_calibrated_chances(judge, tmp_path, monkey
 
 
 def test_what_is_missing_or_wrong_is_one_line(judge, tmp_path, monkeypatch):  # noqa: F811
-    folder = align("serve-reward", str(tmp_path))
-    assert folder.exit_code == 2
+    for folder in (tmp_path, tmp_path / "gone"):
+        none = align("serve-reward", str(folder))
+        told = f"error: {folder}: no reward.json; expected the artifact of a reward stage\n"
+        assert (none.exit_code, none.stderr) == (2, told)
+    items = align("score", str(judge), str(tmp_path / "gone.jsonl"))
+    told = f"error: {tmp_path / 'gone.jsonl'}: no such file or folder; check the path\n"
+    assert (items.exit_code, items.stderr) == (1, told)
     key = align("serve-reward", str(judge), "--api-key-env", "NO_SUCH_KEY")
     assert (key.exit_code, key.stderr) == (
         2,

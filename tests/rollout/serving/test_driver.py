@@ -164,6 +164,7 @@ def test_an_asker_who_cannot_be_told_stops_nobody_else(driver: Driver):
     driver.submit(request(5), heard)
     wait_for(lambda: heard.is_over)
     wait_for(lambda: driver.num_samples == 0)
+    assert driver.is_running
 
 
 def test_a_thread_that_cannot_go_on_says_so(driver: Driver, monkeypatch: pytest.MonkeyPatch):
