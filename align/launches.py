@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from align.lora import LoraConfig
 from model.parallel.mesh import ParallelConfig, launched_processes, launched_sharding
 
 Sharding = Literal["whole", "fsdp1", "fsdp2", "deepspeed"]
@@ -69,8 +68,6 @@ class Shared(Protocol):
 
     @property
     def parallel(self) -> ParallelConfig: ...
-    @property
-    def lora(self) -> LoraConfig | None: ...
     @property
     def backend(self) -> str: ...
     @property
