@@ -2,8 +2,8 @@
 
 A process may hold one stretch of gate's rows and the same of up's, or its experts' columns of each
 of an adapter's ranks. torch notes one box a process, so such a tensor is given to it as the boxes
-that it is made of; all others as they are. What is saved so is read on any layout, and the other way
-round.
+that it is made of; all others as they are. What is saved so is read on any layout, and the other
+way round.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -61,6 +62,22 @@ def stretches(
         else:
             found.append(Stretch(whole, own, 1))
     return found
+
+
+def part_of(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+    """A copy of what this process holds of a tensor that is whole on all."""
+    found = whole
+    for dim, held in enumerate(_along_dims(whole.shape, mesh, placements)):
+        pieces = [found.narrow(dim, s.whole, s.length) for s in held]
+        found = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    return found.clone(memory_format=torch.contiguous_format)
+
+
+def _along_dims(
+    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]
+) -> list[list[Stretch]]:
+    place = [(mesh.get_local_rank(n), mesh.size(n)) for n in range(mesh.ndim)]
+    return [stretches(length, dim, placements, place) for dim, length in enumerate(shape)]
 
 
 class _InBoxes(torch.Tensor):
@@ -120,13 +137,9 @@ def in_boxes(contents: Any) -> Any:
 
 
 def _boxes(tensor: DTensor) -> Iterator[tuple[torch.Size, Tensor]]:
-    mesh, local = tensor.device_mesh, tensor.to_local().detach()
-    place = [(mesh.get_local_rank(n), mesh.size(n)) for n in range(mesh.ndim)]
     if not any(isinstance(placement, _StridedShard) for placement in tensor.placements):
         return
-    along = [
-        stretches(length, dim, tensor.placements, place) for dim, length in enumerate(tensor.shape)
-    ]
-    for box in product(*along):
+    local = tensor.to_local().detach()
+    for box in product(*_along_dims(tensor.shape, tensor.device_mesh, tensor.placements)):
         view = local[tuple(slice(s.own, s.own + s.length) for s in box)]
         yield torch.Size(s.whole for s in box), view

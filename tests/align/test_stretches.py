@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from align.stretches import in_boxes, stretches
+from align.stretches import in_boxes, part_of
 from tests.model.parallel.world import world
 
 WHOLE = torch.arange(2 * 8 * 12, dtype=torch.float32).view(2, 8, 12)
@@ -31,7 +31,7 @@ class Layout(NamedTuple):
 def write(layout: Layout) -> None:
     mesh = init_device_mesh("cpu", layout.mesh)
     sharded = DTensor.from_local(
-        WHOLE[own_of(mesh, layout)].contiguous(),
+        part_of(WHOLE, mesh, layout.placements),
         mesh,
         layout.placements,
         shape=WHOLE.shape,
@@ -44,19 +44,6 @@ def write(layout: Layout) -> None:
     load(in_boxes(read), storage_reader=FileSystemReader(layout.folder))
     assert torch.equal(read["weights"]["a"].to_local(), sharded.to_local())
     assert torch.equal(read["weights"]["b"], torch.ones(2))
-
-
-def own_of(mesh: Any, layout: Layout) -> Any:
-    place = [(mesh.get_local_rank(n), mesh.size(n)) for n in range(mesh.ndim)]
-    held = [
-        [
-            index
-            for s in stretches(length, dim, layout.placements, place)
-            for index in range(s.whole, s.whole + s.length)
-        ]
-        for dim, length in enumerate(WHOLE.shape)
-    ]
-    return torch.meshgrid(*(torch.tensor(rows) for rows in held), indexing="ij")
 
 
 @pytest.mark.parametrize(
