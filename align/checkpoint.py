@@ -43,6 +43,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from align.stretches import in_boxes
+
 MARK = "complete.json"
 PREFIX = "step-"
 TEMPORARY = ".writing-"
@@ -188,7 +190,7 @@ def save(
             with _alike():
                 # files of a process are flushed before it says that it is done
                 writer = FileSystemWriter(temporary / SHARDED, sync_files=True)
-                save_sharded(_contents(trained), storage_writer=writer)
+                save_sharded(in_boxes(_contents(trained)), storage_writer=writer)
         except RuntimeError as error:
             raise RuntimeError(f"{doing}: {error}") from error
         _lead(accelerator, write, doing=doing)
@@ -239,7 +241,8 @@ def load(path: Path, trained: Trained, *, config: str) -> Progress:
     _check_names(path, contents["weights"], reader)
     try:
         with _alike():
-            load_sharded(contents, storage_reader=reader)
+            # in place
+            load_sharded(in_boxes(contents), storage_reader=reader)
     except RuntimeError as error:
         raise RuntimeError(f"{path}: cannot be read ({error}); move it aside") from error
     options = StateDictOptions(ignore_frozen_params=True, strict=False)

@@ -112,11 +112,6 @@ class TrainConfig(BaseModel):
                 f"with backend = {self.backend}, expected 1: other trainers know no shared rows; "
                 "remove parallel or set backend to native"
             )
-        if parallel.expert > 1 and self.lora is not None and self.lora.targets != "attention":
-            raise ValueError(
-                f"parallel.expert = {parallel.expert} with lora.targets = {self.lora.targets}, "
-                "expected attention: adapters on experts are not shared; set parallel.expert to 1"
-            )
         if self.sequence_tokens < parallel.sequence:
             raise ValueError(
                 f"parallel.sequence = {parallel.sequence}, expected at most sequence_tokens = "
@@ -177,11 +172,16 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
     set_seed(job.seed, device_specific=True)
     set_checkpointing(model, config.checkpointing)
     mesh = mesh_of(model)
-    leave_out_of_ddp(model)
+    has_data_parallel = leave_out_of_ddp(model)
     if accelerator.is_fsdp2 and isinstance(model, PeftModel):
         shard_head(model)
     optimizer, scheduler = build_optimizer(model, config.optim, course.num_steps)
-    prepared, wrapped = accelerator.prepare(model, optimizer)
+    if has_data_parallel:
+        prepared, wrapped = accelerator.prepare(model, optimizer)
+    else:
+        # adapters on shared experts alone, whose gradients the update sums itself
+        prepared = accelerator.prepare_model(model, evaluation_mode=True)
+        wrapped = accelerator.prepare_optimizer(optimizer)
     run = _Run(
         updater=Updater(
             course=course,

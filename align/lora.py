@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.distributed.fsdp import fully_shard
 
+from align.shared_adapters import share_adapters
 from model import HybridForCausalLM, HybridModel
 
 # Projections of softmax and of lightning layers, as model/layouts.py names them.
@@ -91,7 +92,9 @@ def apply_lora(
     used = {parameter.device for parameter in model.parameters()}
     with torch.random.fork_rng([device for device in used if device.type == "cuda"]):
         torch.manual_seed(seed)
-        return peft.PeftModel(model, peft_config(config))
+        adapted = peft.PeftModel(model, peft_config(config))
+    share_adapters(adapted)
+    return adapted
 
 
 def shard_head(model: peft.PeftModel) -> None:

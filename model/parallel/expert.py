@@ -279,10 +279,14 @@ def shared_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def leave_out_of_ddp(model: nn.Module) -> None:
-    """Tells DDP, which is about to wrap `model`, that each rank has experts of its own."""
-    names = [name for name, _ in shared_experts(model)]
+def leave_out_of_ddp(model: nn.Module) -> bool:
+    """Tells DDP, which is about to wrap `model`, that each rank has experts of its own.
+
+    Returns: whether anything that is trained is left to DDP, which refuses a model otherwise.
+    """
+    names = {name for name, _ in shared_experts(model)}
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return any(p.requires_grad for name, p in model.named_parameters() if name not in names)
 
 
 def average_expert_gradients(model: nn.Module, mesh: Mesh) -> None:
@@ -296,9 +300,19 @@ def average_expert_gradients(model: nn.Module, mesh: Mesh) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         grad = local(parameter.grad)
-        if mesh.replica.size > 1:
-            dist.all_reduce(grad, group=mesh.replica.group)
+        for axis in (mesh.replica, mesh.tensor) if _spans_width(parameter) else (mesh.replica,):
+            if axis.size > 1:
+                dist.all_reduce(grad, group=axis.group)
         grad.div_(mesh.world.size)
+
+
+def _spans_width(parameter: nn.Parameter) -> bool:
+    """Whether the ranks that share the width hold the same, as they do of one side of an adapter.
+
+    Each has then the gradient of its part of the width.
+    """
+    assert isinstance(parameter, DTensor), "of shared_experts"
+    return parameter.placements[-1].is_replicate()
 
 
 def clip_gradients(model: nn.Module, mesh: Mesh, limit: float) -> Tensor:
@@ -307,18 +321,27 @@ def clip_gradients(model: nn.Module, mesh: Mesh, limit: float) -> Tensor:
     Args:
         limit: inf clips nothing.
     """
-    own = {name for name, _ in shared_experts(model)}
-    named = [(n, local(p.grad)) for n, p in model.named_parameters() if p.grad is not None]
-    norms = [
-        torch.nn.utils.get_total_norm([g for n, g in named if (n in own) == is_own])
-        for is_own in (True, False)
-    ]
-    squares = norms[0].double().square()
+    shared = dict(shared_experts(model))
+    own: list[Tensor] = []
+    alike: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            is_alike = name in shared and _spans_width(parameter)
+            group = alike if is_alike else own if name in shared else others
+            group.append(local(parameter.grad))
+    device = next(model.parameters()).device
+    # of no gradient, torch gives a norm on the host
+    in_part, repeated, whole = (
+        torch.nn.utils.get_total_norm(grads).to(device, torch.float64).square()
+        for grads in (own, alike, others)
+    )
+    squares = in_part + repeated / mesh.tensor.size
     for axis in (mesh.expert, mesh.tensor):
         if axis.size > 1:
             dist.all_reduce(squares, group=axis.group)
-    norm = (squares + norms[1].double().square()).sqrt()
+    norm = (squares + whole).sqrt()
     share = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for _, grad in named:
+    for grad in (*own, *alike, *others):
         grad.mul_(share.to(grad.dtype))
     return norm

@@ -142,7 +142,6 @@ def test_two_processes_share_rows_and_experts(tmp_path: Path):
 
 @pytest.mark.multi
 def test_two_processes_share_every_kind_of_stage(tmp_path: Path):
-    attention = LoraConfig(rank=2, targets="attention")
     both = ParallelConfig(sequence=2, expert=2)
     sizes = [
         ("lm", ROWS, LoraConfig(rank=2)),
@@ -150,7 +149,9 @@ def test_two_processes_share_every_kind_of_stage(tmp_path: Path):
         ("reward", ROWS, None),
         ("grpo", ROWS, None),
         ("dpo", EXPERTS, None),
-        ("sft", both, attention),
+        ("sft", both, LoraConfig(rank=2, targets="attention")),
+        ("dpo", both, LoraConfig(rank=2, router=True)),
+        ("lm", EXPERTS, LoraConfig(rank=2, targets="experts")),
     ]
     check(sizes, 2, tmp_path)
 
@@ -160,6 +161,8 @@ def test_four_processes_share_rows_experts_and_data(tmp_path: Path):
     sizes = [
         ("lm", ParallelConfig(sequence=2, expert=4), None),
         ("sft", ParallelConfig(expert=2, expert_tensor=2), None),
+        ("dpo", ParallelConfig(expert=2, expert_tensor=2), LoraConfig(rank=2)),
+        ("lm", ParallelConfig(expert=4), LoraConfig(rank=2)),
         ("sft", ParallelConfig(sequence=4), None),
         ("dpo", ParallelConfig(sequence=2, expert=2), None),
         ("reward", ROWS, None),
@@ -173,11 +176,6 @@ def test_four_processes_share_rows_experts_and_data(tmp_path: Path):
     [
         (TrainConfig, {"backend": "trl"}, "parallel.sequence = 2 and .* backend = trl"),
         (TrainConfig, {"sequence_tokens": 2, "parallel": {"sequence": 4}}, "at most sequence_tok"),
-        (
-            TrainConfig,
-            {"lora": {}, "parallel": {"expert": 2}},
-            "lora.targets = all, expected attention",
-        ),
         (GrpoConfig, {"parallel": {"expert": 2}}, "every process samples with all experts"),
         (RewardConfig, {"parallel": {"expert": 2}}, "saved with all experts"),
     ],

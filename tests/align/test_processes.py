@@ -53,10 +53,11 @@ if kind.startswith("fsdp") and accelerator.num_processes > 1:
         transformer_cls_names_to_wrap=["Block"],
     )
 ranks = accelerator.num_processes
-parallel = ParallelConfig(
-    sequence=2 if kind == "fsdp-rows" and ranks > 1 else 1,
-    expert=ranks if kind == "experts" else 1,
-)
+parallel = ParallelConfig(sequence=2 if kind == "fsdp-rows" and ranks > 1 else 1)
+if kind == "experts":
+    parallel = ParallelConfig(expert=ranks)
+elif kind == "experts-dpo":
+    parallel = ParallelConfig(expert=min(ranks, 2), expert_tensor=2 if ranks == 4 else 1)
 is_sharded = kind.startswith("fsdp")
 parallelize(model, open_mesh(parallel, device_type="cpu", is_sharded=is_sharded), parallel)
 optim = OptimConfig(lr=1e-2, clip_norm=0.5)
@@ -84,10 +85,11 @@ def stopping(course_type):
             return super().step(index)
     return Stopping
 
-if kind in ("dpo", "fsdp-dpo"):
+if kind in ("dpo", "fsdp-dpo", "experts-dpo"):
     model = apply_lora(model, LoraConfig(rank=2), seed=0)
     config = DpoConfig(
-        data=(DataConfig(path="x"),), optim=optim, lora=LoraConfig(rank=2), save_every_steps=2
+        data=(DataConfig(path="x"),), optim=optim, lora=LoraConfig(rank=2), save_every_steps=2,
+        parallel=parallel, checkpointing="full" if kind == "experts-dpo" else "none",
     )
     data = PackedData(small.pairs(7), **shape)
     course = stopping(DpoCourse)(data, accelerator, reference=model, config=config)
@@ -118,7 +120,7 @@ if kind.startswith("fsdp"):
     base = small.start(folder / "base") if kind == "fsdp-dpo" else None
     save_policy(model, small.tokenizer(), folder / "artifact", base=base)
     model = load_policy(folder / "artifact")[0] if accelerator.is_main_process else model
-if accelerator.is_main_process and kind != "experts":
+if accelerator.is_main_process and not kind.startswith("experts"):
     torch.save(model.state_dict(), folder / "final.pt")
 accelerator.end_training()
 """
@@ -168,7 +170,7 @@ def test_resumed_run_on_two_processes_is_bit_identical(tmp_path: Path, kind: str
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("kind", ["lm", "dpo", "fsdp", "fsdp-rows", "experts"])
+@pytest.mark.parametrize("kind", ["lm", "dpo", "fsdp", "fsdp-rows", "experts", "experts-dpo"])
 def test_two_processes_begin_and_one_or_four_go_on(tmp_path: Path, kind: str) -> None:
     run(kind, tmp_path / "2", 2)
     run(kind, tmp_path / "cut", 2, stop_before=5)

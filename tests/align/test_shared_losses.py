@@ -264,6 +264,7 @@ def test_two_ranks_give_every_loss_of_one(cases: tuple[Case, ...]):
 @given(cases=cases_of(4, [(4, 1), (2, 1), (2, 2), (2, 4), (1, 4)]))
 @example(cases=(Case(ParallelConfig(sequence=4, expert=2), (LONG,)),))
 @example(cases=(Case(ParallelConfig(sequence=2, expert=4), (ONES, LONG)),))
+@example(cases=(Case(ParallelConfig(sequence=4, expert=2), (ONES,)),))
 def test_four_ranks_give_every_loss_of_one(cases: tuple[Case, ...]):
     check(cases, 4)
 

@@ -89,22 +89,36 @@ def test_a_broadcast_brings_every_bit(tmp_path: Path, bucket_bytes: int):
 def _gathered(kind: str) -> dict[str, str]:
     """Checksums of the stream of a model that two ranks hold in parts."""
     model = make_model(0)
-    if kind == "experts":
+    if kind.startswith("experts"):
         config = ParallelConfig(expert=2)
         parallelize(model, open_mesh(config, device_type="cpu"), config)
-    else:
+    policy = adapted(model) if kind.endswith("adapters") else model
+    if kind.startswith("fsdp"):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh("cpu", (2,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    return checksums(weights(model))
+        fully_shard(policy, mesh=mesh)
+    return checksums(weights(policy))
+
+
+def adapted(model: HybridForCausalLM) -> PeftModel:
+    """With adapters on attention and experts that change something."""
+    policy = apply_lora(model, LoraConfig(rank=2), seed=0)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                # along all that is not shared
+                local(parameter).copy_(torch.linspace(-0.1, 0.1, len(parameter))[:, None])
+    return policy
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("kind", ["experts", "fsdp"])
+@pytest.mark.parametrize("kind", ["experts", "fsdp", "experts-adapters", "fsdp-adapters"])
 def test_a_sharded_source_streams_what_one_process_holds(tmp_path: Path, kind: str):
-    one = checksums(weights(make_model(0)))
+    model = make_model(0)
+    one = checksums(weights(adapted(model) if kind.endswith("adapters") else model))
+    assert (one == checksums(weights(make_model(0)))) != kind.endswith("adapters")
     assert world(2, _gathered, kind, tmp_path) == [one, one]

@@ -65,4 +65,5 @@ def combine(rows: Tensor, places: Places, tokens: int) -> Tensor:
         return launch.combine(rows.contiguous(), places.position, None, tokens)
     room = rows.new_zeros(len(places.place), rows.shape[1])
     room.index_copy_(0, places.place[: len(rows)].long(), rows)
-    return room.view(tokens, -1, rows.shape[1]).sum(1)
+    # not -1: torch cannot tell how many places each of no token has
+    return room.view(tokens, len(room) // max(tokens, 1), rows.shape[1]).sum(1)

@@ -7,6 +7,7 @@ from torch import Tensor
 from model.kernels.experts import pieces
 from model.kernels.experts.blocks import _extra_rows, least_rows
 from model.kernels.experts.op import expert_layer
+from model.kernels.experts.places import combine, sort_places, spread
 from model.kernels.experts.reference import experts_reference
 from model.kernels.experts.router import route, router_logits
 from tests.helpers import TOLERANCE, assert_close
@@ -93,6 +94,13 @@ def test_no_token_gives_no_row_and_zero_gradients():
     found = run("op", [x[:0], gate_up, down, weights[:0]], chosen[:0])
     assert found["output"].shape == (0, 12)
     assert float(found["gradient of gate_up"].abs().max()) == 0.0
+
+
+def test_no_token_is_spread_to_no_row_and_summed_to_none():
+    x = torch.ones(0, 8)
+    places = sort_places(torch.zeros(0, 2, dtype=torch.int64), 3)
+    rows = spread(x, places)
+    assert rows.shape == combine(rows, places, 0).shape == x.shape
 
 
 def test_autocast_takes_weights_of_another_dtype():
