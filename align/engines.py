@@ -1,4 +1,4 @@
-"""Where a trainer's samples come from: an engine on its own weights, vLLM, or workers sent them.
+"""Where a trainer's samples come from: an engine on its own weights or a copy, vLLM, or workers.
 
 Whoever sends weights proves them: checksums of every tensor, then a canary whose log-probabilities
 the trainer's own forward has to give as well, on each worker. What fails stops the run before a
@@ -8,6 +8,7 @@ step is made of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -16,13 +17,14 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from align.course import Job
 from align.prompts import open_engine
 from align.proof import prove
 from align.vllm_source import VllmSource
 from model import HybridForCausalLM
-from rollout.canary import Canary, trainer_score
+from rollout.canary import Canary, check_sums, trainer_score
 from rollout.client import RemoteEngine
 from rollout.native.engine import NativeEngine
 from rollout.sync import adapter_config, adapter_weights, checksums, parts, weights
@@ -44,7 +46,8 @@ class RolloutConfig(BaseModel):
 
     backend: Literal["native", "vllm"] = "native"
     """The engine in the trainer; both draw the same tokens under a seed. native reads the trainer's
-    own weights; vllm holds a copy, pushed and proved before each rollout."""
+    own weights; vllm holds a copy, pushed and proved before each rollout, and so does native where
+    processes share the weights (FSDP, parallel.expert)."""
     cache_gib: float = Field(default=4.0, gt=0)
     """Memory for keys, values and states of the vllm backend, 2^30 bytes; native needs none."""
     workers: tuple[str, ...] = ()
@@ -141,6 +144,72 @@ class OwnSource:
                 autocast=self._autocast,
                 sums=lambda: (checksums(parts(self._policy)), checksums(parts(self.native.model))),
             )
+
+
+class CopySource:
+    """The native engine on a whole copy of a policy that processes share, pushed and proved.
+
+    The copy is in the trainer's own type, so that what is sampled is what an unshared trainer
+    samples; it is made at the first push, when the policy may have been sharded.
+
+    Args:
+        policy: the live model, possibly with adapters, which are merged on the way.
+        open_on: makes an engine of the copy.
+        canary: asked after every push; None leaves it at the checksums.
+        autocast: of the trainer's forward.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        open_on: Callable[[HybridForCausalLM], NativeEngine],
+        *,
+        canary: Canary | None,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self._policy, self._open_on = policy, open_on
+        self._canary, self._autocast = canary, autocast
+        self._version = -1
+
+    @cached_property
+    def engine(self) -> NativeEngine:
+        """The engine; each process has one."""
+        policy = self._policy
+        plain = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        with torch.device(policy.device):
+            copied = AutoModelForCausalLM.from_config(plain.config, dtype=policy.dtype)
+        return self._open_on(copied.eval().requires_grad_(False))
+
+    def refresh(self, version: int) -> None:
+        """Pushes the policy as it is now, unless the copy holds this version, and proves it.
+
+        Raises:
+            ProofError: naming the first tensor that the copy does not hold as it was sent, or if it
+                holds all of them and does not sample from the trainer's policy.
+        """
+        if version == self._version:
+            return
+        sent: dict[str, str] = {}
+        self.engine.update_weights(self._sent(sent), version)
+        held = checksums(parts(self.engine.model))
+        check_sums(sent, held, version=version, where="the copy")
+        if self._canary is not None:
+            prove(
+                self.engine,
+                self._policy,
+                self._canary,
+                version=version,
+                autocast=self._autocast,
+                sums=lambda: (sent, held),
+            )
+        self._version = version
+
+    @torch.no_grad()
+    def _sent(self, sums: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights, whose checksums are noted on the way: they are gathered once."""
+        for name, tensor in weights(self._policy, dtype=self._policy.dtype):
+            sums.update(checksums([(name, tensor)]))
+            yield name, tensor
 
 
 class WorkerSource:
@@ -271,12 +340,14 @@ def open_source(
     max_concurrent: int,
     max_tokens: int,
     autocast: torch.dtype | None,
+    is_shared: bool = False,
 ) -> Source:
     """The source that a config names.
 
     Args:
         max_concurrent, max_tokens: of the engine in the trainer; workers have their own limits.
         autocast: of the trainer's forward.
+        is_shared: whether processes hold parts of the weights, or will once training begins.
 
     Raises:
         As `WorkerSource`.
@@ -296,8 +367,10 @@ def open_source(
             autocast=autocast,
             canary=canary,
         )
-    engine = open_engine(
-        policy, max_concurrent=max_concurrent, max_tokens=max_tokens, autocast=autocast
+    open_on = partial(
+        open_engine, max_concurrent=max_concurrent, max_tokens=max_tokens, autocast=autocast
     )
-    is_proven = dtype == torch.float32 or config.canary_bound > 0
-    return OwnSource(engine, policy, canary=canary if is_proven else None, autocast=autocast)
+    proven = canary if dtype == torch.float32 or config.canary_bound > 0 else None
+    if is_shared:
+        return CopySource(policy, open_on, canary=proven, autocast=autocast)
+    return OwnSource(open_on(policy), policy, canary=proven, autocast=autocast)

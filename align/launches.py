@@ -74,8 +74,6 @@ class Shared(Protocol):
     def micro_sequences(self) -> int: ...
     @property
     def max_sequences(self) -> int: ...
-    @property
-    def whole_weights_for(self) -> str: ...
 
 
 def misfit(
@@ -108,14 +106,6 @@ def _unsharded(config: Shared, sharding: Sharding) -> Misfit | None:
         return "backend", "DeepSpeed is not supported; use fsdp2.yaml or ddp.yaml"
     if sharding == "fsdp1":
         return "backend", "FSDP 1 is not supported; set fsdp_version: 2 or use ddp.yaml"
-    if config.parallel.expert > 1:
-        return (
-            "parallel.expert",
-            "expected 1 under FSDP, which spreads experts itself; use ddp.yaml",
-        )
-    if config.whole_weights_for:
-        told = f"{config.whole_weights_for} needs whole weights on each process; use ddp.yaml"
-        return "kind", told
     return None
 
 

@@ -10,16 +10,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from torch.optim import Optimizer
 
 from align import checkpoint, launches
 from align.course import Course, Job
@@ -30,10 +32,11 @@ from align.optim import OptimConfig, build_optimizer
 from align.peaks import peak_operations
 from align.throughput import trained_operations
 from align.update import Precision, Updater, host_group
+from align.watch import Watch
 from model import HybridModel
 from model.checkpointing import Checkpointing
 from model.parallel.apply import mesh_of
-from model.parallel.expert import leave_out_of_ddp
+from model.parallel.expert import leave_out_of_ddp, shared_modules
 from model.parallel.mesh import ParallelConfig
 
 
@@ -81,9 +84,6 @@ class TrainConfig(BaseModel):
     backend: Literal["native", "trl"] = "native"
     """Whose trainer runs the stage."""
 
-    whole_weights_for: ClassVar[str] = ""
-    """What the kind does that takes whole weights on each process; "" if nothing does."""
-
     @property
     def max_sequences(self) -> int:
         """Packed sequences of an optimizer step, at most."""
@@ -128,6 +128,7 @@ class _Run:
     config: TrainConfig
     job: Job
     writer: MetricsWriter
+    watch: Watch
     meter: Meter = field(default_factory=Meter)
     tokens: float = 0.0
     trained_tokens: float = 0.0
@@ -158,7 +159,7 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
     Raises:
         ValueError: if nothing is trained, weights are not as optim.weights says, the accelerator
             accumulates gradients by itself, or shards in a way that is not supported: DeepSpeed,
-            FSDP 1, adapters under FSDP.
+            FSDP 1.
         RuntimeError: if a loss or gradient norm is not finite (names step and rows), a checkpoint
             cannot be written, or does not belong to this run.
     """
@@ -172,16 +173,8 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
     set_seed(job.seed, device_specific=True)
     set_checkpointing(model, config.checkpointing)
     mesh = mesh_of(model)
-    has_data_parallel = leave_out_of_ddp(model)
-    if accelerator.is_fsdp2 and isinstance(model, PeftModel):
-        shard_head(model)
     optimizer, scheduler = build_optimizer(model, config.optim, course.num_steps)
-    if has_data_parallel:
-        prepared, wrapped = accelerator.prepare(model, optimizer)
-    else:
-        # adapters on shared experts alone, whose gradients the update sums itself
-        prepared = accelerator.prepare_model(model, evaluation_mode=True)
-        wrapped = accelerator.prepare_optimizer(optimizer)
+    prepared, wrapped = _prepare(accelerator, model, optimizer)
     run = _Run(
         updater=Updater(
             course=course,
@@ -199,11 +192,12 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
         writer=MetricsWriter(
             job.folder, accelerator=accelerator, run_name=job.name, report_to=config.report_to
         ),
+        watch=Watch(accelerator, job.name),
     )
     try:
         start = _resume(run)
         run.writer.open(resumed_step=start)
-        with _progress(run, start) as advance:
+        with run.watch, _progress(run, start) as advance:
             for index in range(start, course.num_steps):
                 with _naming(run, index):
                     _one_step(run, index)
@@ -213,6 +207,23 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
         accelerator.free_memory()
     model.eval()
     return dict(run.last)
+
+
+def _prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """Leaves to data parallelism what ranks do not share otherwise."""
+    has_more = leave_out_of_ddp(model)
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.ignored_modules = shared_modules(model) or None
+        if isinstance(model, PeftModel):
+            shard_head(model)
+    elif not has_more:
+        # adapters on shared experts alone, whose gradients the update sums itself
+        prepared = accelerator.prepare_model(model, evaluation_mode=True)
+        return prepared, accelerator.prepare_optimizer(optimizer)
+    prepared, wrapped = accelerator.prepare(model, optimizer)
+    return prepared, wrapped
 
 
 def _check(accelerator: Accelerator, config: TrainConfig) -> None:
@@ -241,6 +252,7 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 @contextmanager
 def _naming(run: _Run, index: int) -> Iterator[None]:
     """Says which process stopped where, if it stops because another one is gone."""
+    run.watch.step = index + 1
     try:
         yield
     except RuntimeError as error:
@@ -249,8 +261,8 @@ def _naming(run: _Run, index: int) -> Iterator[None]:
             raise
         raise RuntimeError(
             f"{run.job.name}: process {run.job.accelerator.process_index} stops at step "
-            f"{index + 1}: another process is gone ({told.splitlines()[0]}); the launcher says "
-            "which; run again to go on from the last checkpoint"
+            f"{index + 1}: {run.watch.who()} is gone ({told.splitlines()[0]}); run again to go on "
+            "from the last checkpoint"
         ) from error
 
 

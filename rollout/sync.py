@@ -15,6 +15,7 @@ from typing import Any, cast
 import peft
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -31,14 +32,14 @@ LOW_HALF = (1 << 32) - 1
 def weights(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every weight by its plain name, adapters merged; the model's own bits stay as they are.
 
-    Adapters are merged in a copy of one layer at a time, and sharded tensors (FSDP2, expert
+    Adapters are merged in a whole copy of one layer at a time, and sharded tensors (FSDP2, expert
     parallel) gathered one at a time, so the stream needs the memory of one layer more than the
     model. Of a sharded model every rank runs it, for each gather is a collective.
 
     Args:
-        model: a plain model, or one wrapped by peft with its active adapters.
-        dtype: what floating-point tensors are rounded to, after merging: the engine's own; None
-            leaves them.
+        model: a plain model, or one wrapped by peft or holding its layers, with active adapters.
+        dtype: what floating-point tensors are rounded to, after merging in the wider of it and
+            their own: the engine's; None leaves them.
 
     Example:
         >>> [name for name, _ in weights(nn.Linear(2, 2))]
@@ -54,7 +55,7 @@ def weights(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iterator[t
         if not any(name.startswith(f"{outer}.") for outer in adapted):
             yield name, _whole(tensor, dtype)
     for outer, layer in adapted.items():
-        for name, tensor in _merged(copy.deepcopy(layer)).state_dict().items():
+        for name, tensor in _merged(_whole_layer(layer, dtype)).state_dict().items():
             yield f"{outer}.{name}", _whole(tensor, dtype)
 
 
@@ -112,6 +113,21 @@ def _plain(model: nn.Module) -> nn.Module:
 def _whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
+
+
+def _whole_layer(layer: BaseTunerLayer, dtype: torch.dtype | None) -> nn.Module:
+    """A copy that holds every weight and adapter whole, whoever shares them."""
+    copied = cast(nn.Module, copy.deepcopy(layer))
+    for module in copied.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            wider = torch.promote_types(parameter.dtype, dtype or parameter.dtype)
+            whole = _whole(parameter.detach(), wider)
+            module._parameters[name] = nn.Parameter(whole, requires_grad=False)
+    for module in copied.modules():
+        if isinstance(module, ParamWrapper):
+            weight = module.get_param()
+            module.num_experts = len(weight) if weight.ndim == 3 else 1
+    return copied
 
 
 def _merged(layer: Any) -> nn.Module:

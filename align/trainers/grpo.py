@@ -2,8 +2,8 @@
 
 A rollout covers `updates_per_rollout` optimizer steps of `prompts_per_step` prompts each. The first
 of them is on-policy; what the others compare with, the behaviour log-probabilities, is fixed when
-the rollout is made. The engine reads the trainer's own weights, or workers are sent them and prove
-it; the version of a completion is the number of updates that its policy had seen.
+the rollout is made. The engine reads the trainer's own weights, or a copy or workers are sent them
+and prove it; the version of a completion is the number of updates that its policy had seen.
 
 A killed run continues exactly: samples depend on (seed, number of the prompt, sample), and
 experience that waits for its step is in the checkpoint.
@@ -15,7 +15,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from accelerate.utils import gather_object
@@ -76,21 +76,10 @@ class GrpoConfig(TrainConfig):
     rollout: RolloutConfig = RolloutConfig()
     """Who samples: the trainer itself, vLLM beside it, or workers."""
 
-    whole_weights_for: ClassVar[str] = "sampling"
-
     @property
     def max_sequences(self) -> int:
         """Of a response each, at most."""
         return self.prompts_per_step * self.group_size
-
-    @model_validator(mode="after")
-    def _samples_with_all_experts(self) -> Self:
-        if self.parallel.expert > 1:
-            raise ValueError(
-                f"parallel.expert = {self.parallel.expert}, expected 1: every process samples with "
-                "all experts; share rows (parallel.sequence) instead"
-            )
-        return self
 
     @model_validator(mode="after")
     def _what_is_sampled_can_be_compared(self) -> Self:
@@ -173,6 +162,7 @@ class GrpoCourse:
             max_concurrent=config.max_concurrent,
             max_tokens=prompts.max_tokens + config.max_new_tokens,
             autocast=torch.bfloat16 if config.has_autocast else None,
+            is_shared=job.accelerator.is_fsdp2 or config.parallel.expert > 1,
         )
         self.sampler = Sampler(self.source, self.turns, group_size=config.group_size)
         # Experience of the rollout's later steps, the next one first; of all processes, so that a

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator
@@ -48,6 +48,7 @@ from align.pairs import (
     to_end_of_turn,
 )
 from align.questions import HeadCalibration, Questions, ask, calibrate, write_questions
+from align.shared_reward import settled, shard_heads
 from align.trainers.lm import FixedCourse, open_start
 from model import HybridForCausalLM
 from model.packed import sent
@@ -85,23 +86,12 @@ class RewardConfig(TrainConfig):
     margin_scale: float = Field(default=0.0, ge=0)
     """The chosen answer should lead by this times the label's margin, in logits."""
 
-    whole_weights_for: ClassVar[str] = "measuring a reward model"
-
     @model_validator(mode="after")
     def _refreshes_in_steps(self) -> Self:
         if self.curriculum != "none" and self.curriculum.refreshes and not self.batch_items:
             raise ValueError(
                 f"curriculum.refreshes = {self.curriculum.refreshes} with batch_items = 0: the "
                 "number of steps has to be known before the first; set batch_items"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _holds_all_experts(self) -> Self:
-        if self.parallel.expert > 1:
-            raise ValueError(
-                f"parallel.expert = {self.parallel.expert}, expected 1: a reward model is measured "
-                "and saved with all experts; share rows (parallel.sequence) instead"
             )
         return self
 
@@ -267,11 +257,10 @@ def run(config: RewardConfig, job: Job) -> Outcome:
         model=model,
         ledger=Ledger(),
     )
+    if job.accelerator.is_fsdp2:
+        shard_heads(model)
     metrics = train(course, model, config=config, job=job)
-    if adapters is not None:
-        # fp32: small updates vanish when added in bf16.
-        adapters.float()
-        model.trunk = adapters.merge_and_unload(safe_merge=True)
+    model = settled(model, adapters)
     answers = _questioned(config, job, model, dev, tokenizer=tokenizer)
     after = pair_accuracy(model, dev, curriculum=measure, precision=precision)
     then = _gathered(course.ledger.margins(), job.accelerator)

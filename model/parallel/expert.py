@@ -5,8 +5,8 @@
 Where ranks share an expert's width F too, those of one part of the experts join their rows, each
 computes its part of silu(g) * u and of the product behind it, and the outputs are summed.
 
-Everything else stays as data parallelism has it. An expert's gradient arrives summed over the ranks
-that share the experts; what is left is the sum over those that hold the same ones.
+Everything else stays as data parallelism, DDP or FSDP, has it. An expert's gradient arrives summed
+over the ranks that share the experts; what is left is the sum over those that hold the same ones.
 """
 
 from __future__ import annotations
@@ -279,6 +279,12 @@ def shared_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
+def shared_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold such parameters, which FSDP has to leave as they are."""
+    own = {parameter for _, parameter in shared_experts(model)}
+    return [m for m in model.modules() if not own.isdisjoint(m.parameters(recurse=False))]
+
+
 def leave_out_of_ddp(model: nn.Module) -> bool:
     """Tells DDP, which is about to wrap `model`, that each rank has experts of its own.
 
@@ -324,24 +330,30 @@ def clip_gradients(model: nn.Module, mesh: Mesh, limit: float) -> Tensor:
     shared = dict(shared_experts(model))
     own: list[Tensor] = []
     alike: list[Tensor] = []
+    spread_out: list[Tensor] = []
     others: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            is_alike = name in shared and _spans_width(parameter)
-            group = alike if is_alike else own if name in shared else others
-            group.append(local(parameter.grad))
+        if parameter.grad is None:
+            continue
+        if name in shared:
+            group = alike if _spans_width(parameter) else own
+        else:
+            group = spread_out if isinstance(parameter, DTensor) else others
+        group.append(local(parameter.grad))
     device = next(model.parameters()).device
     # of no gradient, torch gives a norm on the host
-    in_part, repeated, whole = (
+    in_part, repeated, by_fsdp, whole = (
         torch.nn.utils.get_total_norm(grads).to(device, torch.float64).square()
-        for grads in (own, alike, others)
+        for grads in (own, alike, spread_out, others)
     )
     squares = in_part + repeated / mesh.tensor.size
     for axis in (mesh.expert, mesh.tensor):
         if axis.size > 1:
             dist.all_reduce(squares, group=axis.group)
-    norm = (squares + whole).sqrt()
+    if spread_out:
+        dist.all_reduce(by_fsdp, group=mesh.world.group)
+    norm = (squares + by_fsdp + whole).sqrt()
     share = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for grad in (*own, *alike, *others):
+    for grad in (*own, *alike, *spread_out, *others):
         grad.mul_(share.to(grad.dtype))
     return norm

@@ -8,7 +8,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType
+
 ROOT = Path(__file__).parents[2]
+
+
+def shard_weights(accelerator: Accelerator) -> None:
+    """Makes an accelerator of several processes one that shards weights (FSDP2).
+
+    accelerate offers FSDP only to accelerators, but what it calls runs on CPUs as well.
+    """
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+    )
 
 
 def launch(script: str, arguments: list[str], processes: int) -> list[str]:

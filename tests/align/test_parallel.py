@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from align.data.loader import PackedData
-from align.loop import TrainConfig, train
+from align.loop import TrainConfig
 from align.lora import LoraConfig
 from align.losses.policy import PolicyLossConfig
 from align.optim import OptimConfig
 from align.policy import load_policy
 from align.trainers import dpo, lm, reward, sft
 from align.trainers.dpo import DpoConfig
-from align.trainers.grpo import GrpoConfig, GrpoCourse, Tools
-from align.trainers.lm import FixedCourse, LmConfig, open_start
+from align.trainers.grpo import GrpoCourse, Tools
+from align.trainers.lm import FixedCourse, LmConfig, adapted, fit, open_start
 from align.trainers.reward import RewardConfig
 from align.trainers.sft import SftConfig
 from model.parallel.mesh import ParallelConfig
@@ -70,17 +70,15 @@ def climb(run: Run) -> None:
         reward.run(config, job)
     else:
         loss = PolicyLossConfig(objective="grpo")
-        more = {"epochs": 2, "max_steps": 0, "updates_per_rollout": 2, "scale": "batch"}
-        config = test_grpo.config(**shared, **more, prompts_per_step=3, loss=loss)
-        model = open_start(config, job)[0]
+        more: dict[str, Any] = {"epochs": 2, "max_steps": 0, "updates_per_rollout": 2}
+        more |= {"scale": "batch", "prompts_per_step": 3, "loss": loss, "lora": run.lora}
+        config = test_grpo.config(**shared, **more)
+        model = adapted(open_start(config, job)[0], config, job)
         tools = Tools(small.tokenizer(), test_grpo.ShareScorer())
         course = GrpoCourse(
             config, job, policy=model, reference=None, prompts=test_grpo.prompts(), tools=tools
         )
-        train(course, model, config=config, job=job)
-        if job.accelerator.is_main_process:
-            model.save_pretrained(job.artifact)
-            small.tokenizer().save_pretrained(job.artifact)
+        fit(course, model, small.tokenizer(), config=config, job=job)
     job.accelerator.wait_for_everyone()
 
 
@@ -128,6 +126,9 @@ def check(sizes: list[tuple[str, ParallelConfig, Any]], ranks: int, base: Path) 
         for first, second in zip(wanted, told, strict=True):
             assert first.keys() == second.keys()
             for key in first.keys() - TIMES:
+                if run.lora and key.startswith("ledger/gap"):
+                    # a copy samples with merged adapters, which are rounded otherwise
+                    continue
                 assert second[key] == pytest.approx(first[key], rel=1e-5, abs=1e-6), (name, key)
 
 
@@ -147,7 +148,11 @@ def test_two_processes_share_every_kind_of_stage(tmp_path: Path):
         ("lm", ROWS, LoraConfig(rank=2)),
         ("dpo", ROWS, LoraConfig(rank=2)),
         ("reward", ROWS, None),
+        ("reward", both, LoraConfig(rank=2)),
+        ("reward", EXPERTS, None),
         ("grpo", ROWS, None),
+        ("grpo", both, None),
+        ("grpo", EXPERTS, LoraConfig(rank=2)),
         ("dpo", EXPERTS, None),
         ("sft", both, LoraConfig(rank=2, targets="attention")),
         ("dpo", both, LoraConfig(rank=2, router=True)),
@@ -176,8 +181,6 @@ def test_four_processes_share_rows_experts_and_data(tmp_path: Path):
     [
         (TrainConfig, {"backend": "trl"}, "parallel.sequence = 2 and .* backend = trl"),
         (TrainConfig, {"sequence_tokens": 2, "parallel": {"sequence": 4}}, "at most sequence_tok"),
-        (GrpoConfig, {"parallel": {"expert": 2}}, "every process samples with all experts"),
-        (RewardConfig, {"parallel": {"expert": 2}}, "saved with all experts"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(config: type[TrainConfig], keys: Any, told: str):

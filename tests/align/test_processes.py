@@ -17,11 +17,10 @@ SCRIPT = """
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
-from accelerate import FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from align.data.loader import PackedData
@@ -35,6 +34,7 @@ from align.data.sources import DataConfig
 from model.parallel.apply import parallelize
 from model.parallel.mesh import ParallelConfig, open_mesh
 from tests.align import small
+from tests.align.processes import shard_weights
 from tests.align.test_loop import Course
 
 kind, folder, stop_before = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -44,18 +44,13 @@ job = small.job(folder)
 accelerator = job.accelerator
 model = small.model()
 if kind.startswith("fsdp") and accelerator.num_processes > 1:
-    # accelerate offers FSDP only to accelerators, but what it calls runs on CPUs as well.
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Block"],
-    )
+    shard_weights(accelerator)
 ranks = accelerator.num_processes
 parallel = ParallelConfig(sequence=2 if kind == "fsdp-rows" and ranks > 1 else 1)
 if kind == "experts":
     parallel = ParallelConfig(expert=ranks)
+elif kind in ("fsdp-experts", "fsdp-experts-dpo") and ranks > 1:
+    parallel = ParallelConfig(expert=2)
 elif kind == "experts-dpo":
     parallel = ParallelConfig(expert=min(ranks, 2), expert_tensor=2 if ranks == 4 else 1)
 is_sharded = kind.startswith("fsdp")
@@ -71,21 +66,24 @@ shape = {"sequence_tokens": 24, "batch_items": 3, "epochs": 2}
 class Stop(Exception):
     pass
 
-dies = kind == "killed" and accelerator.process_index == 1
+dies = kind in ("killed", "stuck") and accelerator.process_index == 1
 
 def stopping(course_type):
     class Stopping(course_type):
         def step(self, index):
             if index == stop_before:
-                if kind == "killed":
+                if kind in ("killed", "stuck"):
                     if dies:
                         os.kill(os.getpid(), signal.SIGKILL)
+                    if kind == "stuck":
+                        # as a host that waits for a kernel which waits for who is gone
+                        time.sleep(300)
                 else:
                     raise Stop
             return super().step(index)
     return Stopping
 
-if kind in ("dpo", "fsdp-dpo", "experts-dpo"):
+if kind.endswith("dpo"):
     model = apply_lora(model, LoraConfig(rank=2), seed=0)
     config = DpoConfig(
         data=(DataConfig(path="x"),), optim=optim, lora=LoraConfig(rank=2), save_every_steps=2,
@@ -117,7 +115,7 @@ except Stop:
 if kind.startswith("fsdp"):
     is_sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert is_sharded == (accelerator.num_processes > 1)
-    base = small.start(folder / "base") if kind == "fsdp-dpo" else None
+    base = small.start(folder / "base") if kind.endswith("dpo") else None
     save_policy(model, small.tokenizer(), folder / "artifact", base=base)
     model = load_policy(folder / "artifact")[0] if accelerator.is_main_process else model
 if accelerator.is_main_process and not kind.startswith("experts"):
@@ -142,7 +140,9 @@ def results(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("kind", ["lm", "dpo", "fsdp", "fsdp-rows", "fsdp-dpo"])
+@pytest.mark.parametrize(
+    "kind", ["lm", "dpo", "fsdp", "fsdp-rows", "fsdp-dpo", "fsdp-experts", "fsdp-experts-dpo"]
+)
 def test_two_processes_train_what_one_trains(tmp_path: Path, kind: str) -> None:
     for processes in (1, 2):
         told = run(kind, tmp_path / str(processes), processes)
@@ -170,7 +170,9 @@ def test_resumed_run_on_two_processes_is_bit_identical(tmp_path: Path, kind: str
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("kind", ["lm", "dpo", "fsdp", "fsdp-rows", "experts", "experts-dpo"])
+@pytest.mark.parametrize(
+    "kind", ["lm", "dpo", "fsdp", "fsdp-rows", "experts", "experts-dpo", "fsdp-experts-dpo"]
+)
 def test_two_processes_begin_and_one_or_four_go_on(tmp_path: Path, kind: str) -> None:
     run(kind, tmp_path / "2", 2)
     run(kind, tmp_path / "cut", 2, stop_before=5)
@@ -196,12 +198,22 @@ def test_when_one_process_is_killed_the_others_stop_and_say_where(tmp_path: Path
     assert told[1] == "" or "RuntimeError" not in told[1]
     for rank in (0, 2, 3):
         last = [line for line in told[rank].splitlines() if "RuntimeError" in line][-1]
-        assert f"stage: process {rank} stops at step 4: another process is gone" in last
+        assert f"stage: process {rank} stops at step 4: process 1 is gone (" in last
     # what was written before is whole, and nothing else is there
     checkpoints = tmp_path / "run" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
     assert run("lm", tmp_path / "run", 2)[0] == ""
     assert len(lines(tmp_path / "run")) == 6
+
+
+@pytest.mark.multi
+def test_processes_that_wait_for_a_killed_one_are_ended_and_say_where(tmp_path: Path) -> None:
+    began = time.monotonic()
+    told = run("stuck", tmp_path / "run", 4, stop_before=3)
+    assert time.monotonic() - began < 60
+    for rank in (0, 2, 3):
+        assert f"stage: process {rank} stops at step 4: process 1 is gone;" in told[rank]
+    assert run("lm", tmp_path / "run", 2)[0] == ""
 
 
 @pytest.mark.multi

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 
+from align.lora import LoraConfig, apply_lora
+from model import HybridForCausalLM
 from model.parallel.apply import parallelize
+from model.parallel.expert import local
 from model.parallel.mesh import ParallelConfig, open_mesh
 from rollout.sync import checksums, copy_weights, weights
 from rollout.transport import (

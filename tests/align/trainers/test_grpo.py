@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from pydantic import ValidationError
 from torch import nn
 
@@ -408,14 +407,6 @@ def test_a_scoring_service_judges_as_its_artifact_would_here(tmp_path: Path):
     wrong = small.job(tmp_path / "wrong", start, reward_url="http://127.0.0.1:9", reward_key="")
     with pytest.raises(RuntimeError, match="no answer within"):
         open_scorer(wrong, small.tokenizer(), deadline_s=0.1)
-
-
-def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: Any):
-    job = small.job(tmp_path, small.start(tmp_path / "start"))
-    monkeypatch.setattr(job.accelerator.state, "distributed_type", DistributedType.FSDP)
-    monkeypatch.setattr(type(job.accelerator), "is_fsdp2", True)
-    with pytest.raises(ValueError, match=r"kind: sampling needs whole weights.*use ddp"):
-        run(config(), job)
 
 
 @pytest.mark.parametrize(

@@ -30,25 +30,33 @@ from accelerate import Accelerator
 
 from align.engines import RolloutConfig
 from align.loop import train
+from align.lora import LoraConfig
 from align.losses.policy import PolicyLossConfig
 from align.optim import OptimConfig
 from align.trainers.grpo import GrpoConfig, GrpoCourse, Tools
+from align.trainers.lm import adapted
 from model.parallel.apply import parallelize
 from model.parallel.mesh import ParallelConfig, open_mesh
+from rollout.sync import weights
 from tests.align import small
+from tests.align.processes import shard_weights
 from tests.align.trainers.test_grpo import ShareScorer, config, prompts
 
 torch.set_num_threads(1)
 folder, kill_at, sequence = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-workers = tuple(sys.argv[4:])
+kind, *workers = sys.argv[4:]
 # 5 prompts in steps of 3: the second process has one of the first step and one of the second
 settings = config(
     max_steps=0, epochs=2, prompts_per_step=3, updates_per_rollout=2, scale="batch",
     optim=OptimConfig(lr=1e-3, schedule="constant"), save_every_steps=1,
     parallel=ParallelConfig(sequence=sequence), rollout=RolloutConfig(workers=workers),
+    lora=LoraConfig(rank=2) if kind.endswith("lora") else None,
 )
 model, job = small.model(), small.job(folder)
+if kind.startswith("fsdp"):
+    shard_weights(job.accelerator)
 parallelize(model, open_mesh(settings.parallel, device_type="cpu"), settings.parallel)
+policy = adapted(model, settings, job)
 tools = Tools(small.tokenizer(), ShareScorer())
 
 class Course(GrpoCourse):
@@ -58,12 +66,13 @@ class Course(GrpoCourse):
         return super().step(index)
 
 course = Course(
-    settings, job, policy=model, reference=None, prompts=prompts(), tools=tools
+    settings, job, policy=policy, reference=None, prompts=prompts(), tools=tools
 )
-train(course, model, config=settings, job=job)
+train(course, policy, config=settings, job=job)
 course.close()
+final = dict(weights(policy))
 if job.accelerator.is_main_process:
-    torch.save(model.state_dict(), folder / "final.pt")
+    torch.save(final, folder / "final.pt")
 job.accelerator.end_training()
 """
 
@@ -74,6 +83,7 @@ def run(
     *,
     kill_at: int = -1,
     sequence: int = 1,
+    kind: str = "whole",
     workers: tuple[str, ...] = (),
 ) -> None:
     with socket.socket() as probe:
@@ -88,7 +98,7 @@ def run(
             more |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             more |= {"LOCAL_WORLD_SIZE": str(processes)}
         command = [sys.executable, "-c", SCRIPT, str(folder), str(kill_at), str(sequence)]
-        command += workers
+        command += [kind, *workers]
         environment = {**os.environ, **more}
         started.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -107,6 +117,14 @@ def results(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
 def test_two_processes_sample_and_learn_what_one_does(tmp_path: Path):
     run(tmp_path / "1", 1)
     run(tmp_path / "2", 2)
+    assert_same(tmp_path)
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp-lora"])
+def test_two_processes_that_shard_weights_learn_what_one_does(tmp_path: Path, kind: str):
+    run(tmp_path / "1", 1, kind=kind.replace("fsdp", "whole"))
+    run(tmp_path / "2", 2, kind=kind)
     assert_same(tmp_path)
 
 

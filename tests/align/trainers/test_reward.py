@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from pydantic import ValidationError
 from transformers import AutoModel, AutoTokenizer
 
@@ -379,17 +378,6 @@ def test_what_cannot_be_trained_is_an_error(tmp_path):
     )
     write_pairs(tmp_path / "pairs.jsonl", 20, ("style", "overall"))
     expect(r"labels correctness, .* \(with a learned gate overall", tmp_path, hierarchy=learned)
-
-
-def test_a_sharded_launch_is_refused(tmp_path):
-    class Sharded:
-        distributed_type = DistributedType.FSDP
-        is_fsdp2 = True
-        num_processes = 2
-
-    told = "kind: measuring a reward model needs whole weights"
-    with pytest.raises(ValueError, match=told):
-        run(config(), small.job(tmp_path, accelerator=Sharded()))
 
 
 def test_no_pairs_have_no_accuracy():

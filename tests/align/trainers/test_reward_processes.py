@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,35 +20,44 @@ from pathlib import Path
 
 import torch
 
+from align.lora import LoraConfig
 from align.trainers.reward import run
 from tests.align import small
+from tests.align.processes import shard_weights
 from tests.align.trainers.test_reward import TREE, config
 
 torch.set_num_threads(1)
-folder = Path(sys.argv[1])
+folder, kind = Path(sys.argv[1]), sys.argv[2]
 job = small.job(folder, folder.parent / "start", base=folder.parent)
+if kind.startswith("fsdp"):
+    shard_weights(job.accelerator)
+lora = LoraConfig(rank=2) if kind.endswith("lora") else None
 # Adam's first steps are signs of gradients, which would turn last bits near 0 into whole steps; a
 # large eps makes them linear. Steps of 7 pairs: the second process has fewer microbatches.
 optim = {"lr": 3e-2, "schedule": "constant", "eps": 1e-2}
-run(config(hierarchy={**TREE, "gate": "learned"}, batch_items=7, optim=optim), job)
+run(config(hierarchy={**TREE, "gate": "learned"}, batch_items=7, optim=optim, lora=lora), job)
 job.accelerator.end_training()
 """
 
 
 @pytest.mark.multi
-def test_two_processes_make_the_reward_model_that_one_makes(tmp_path):
+@pytest.mark.parametrize("kinds", [("whole", "whole", "fsdp"), ("lora", "fsdp-lora")])
+def test_two_processes_make_the_reward_model_that_one_makes(tmp_path, kinds: tuple[str, ...]):
     write_pairs(tmp_path / "pairs.jsonl", 40)
     small.start(tmp_path / "start")
-    for processes in (1, 2):
-        (tmp_path / str(processes)).mkdir()
-        told = launch(SCRIPT, [str(tmp_path / str(processes))], processes)
+    for number, kind in enumerate(kinds):
+        (tmp_path / str(number)).mkdir()
+        told = launch(SCRIPT, [str(tmp_path / str(number)), kind], 2 if number else 1)
         assert not any("Traceback" in text for text in told), told
-    one, two = (RewardModel.load(tmp_path / name / "artifact") for name in ("1", "2"))
+    one = RewardModel.load(tmp_path / "0" / "artifact")
     assert one.gate is not None
-    for name, weight in one.state_dict().items():
-        assert_close(name, two.state_dict()[name], weight, 1e-4)
-    reports = [
-        json.loads((tmp_path / name / "artifact" / "held_out.json").read_text())
-        for name in ("1", "2")
-    ]
-    assert reports[0] == reports[1]
+    for number in range(1, len(kinds)):
+        folder = tmp_path / str(number) / "artifact"
+        two = RewardModel.load(folder)
+        for name, weight in one.state_dict().items():
+            assert_close(name, two.state_dict()[name], weight, 1e-4)
+        assert report(folder) == report(tmp_path / "0" / "artifact")
+
+
+def report(folder: Path) -> Any:
+    return json.loads((folder / "held_out.json").read_text())
