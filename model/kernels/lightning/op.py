@@ -12,7 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.kernels.cpu import passes
 from model.kernels.lightning.blocks import lightning_blocks
+from model.kernels.lightning.rows import MAX_SIZE, lightning_rows
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TRITON_SIZE = 256
@@ -72,6 +74,10 @@ def lightning_attention(
         from model.kernels.lightning.launch import lightning_triton
 
         return lightning_triton(
+            q, k, v, slopes, lengths, initial_state=initial_state, with_final=with_final
+        )
+    if form == "auto" and passes.takes(q) and size <= MAX_SIZE:
+        return lightning_rows(
             q, k, v, slopes, lengths, initial_state=initial_state, with_final=with_final
         )
     return lightning_blocks(

@@ -7,6 +7,8 @@ from model.kernels.qkv.op import silu_qkv
 from model.kernels.qkv.reference import silu_qkv_reference
 from tests.helpers import TOLERANCE, assert_close
 
+pytestmark = pytest.mark.usefixtures("cpu_form")
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 1, 32), (65, 3, 32), (130, 2, 80)])
