@@ -10,7 +10,7 @@ setup(
             depends=["model/kernels/cpu/rows.h"],
             # neither lets sums be reordered or NaN be forgotten
             extra_compile_args=["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
-            extra_link_args=["-fopenmp"],
+            extra_link_args=["-fopenmp", "-lm"],
             # without a compiler, or with one that takes no such flags, torch's forms serve
             optional=True,
         )

@@ -1,4 +1,5 @@
-/* Passes over rows that torch makes of many: SwiGLU, norms, SiLU of q, k and v, sums into rows.
+/* Passes over rows that torch makes of many: SwiGLU, sums into rows, norms, SiLU of q, k and v,
+ * softmax of the head.
  *
  * Plain C on addresses: no header of torch or Python. setup.py builds it where a compiler is;
  * passes.py calls it, and the torch forms of each op serve where it was not built.
@@ -32,9 +33,10 @@ void swiglu_fwd(const void *inner, void *out, i64 n, i64 c, int is_short, int th
         swiglu_fwd_rows(inner, out, c, is_short, i, least(i + ROWS, n));
 }
 
-/* back is the gradient of silu(g) * u before `scale`; dots are its products with silu(g) * u */
-EACH_CPU void swiglu_bwd_rows(const void *inner, const void *back, const void *scale, void *joined,
-                              void *slope, void *dots, i64 c, int is_short, i64 i, i64 end) {
+/* back is the gradient of silu(g) * u before `scale`, and becomes scale * silu(g) * u; dots are the
+ * products of both before that */
+EACH_CPU void swiglu_bwd_rows(const void *inner, void *back, const void *scale, void *slope,
+                              void *dots, i64 c, int is_short, i64 i, i64 end) {
     float g[PIECE], u[PIECE], b[PIECE], y[PIECE];
     for (; i < end; i++) {
         float weight = load_one(scale, i, is_short), total = 0;
@@ -51,7 +53,7 @@ EACH_CPU void swiglu_bwd_rows(const void *inner, const void *back, const void *s
             }
             total += dot(b, y, n);
             for (i64 l = 0; l < n; l++) y[l] *= weight;
-            store(joined, i * c + j, y, n, is_short);
+            store(back, i * c + j, y, n, is_short);
             store(slope, 2 * i * c + j, g, n, is_short);
             store(slope, (2 * i + 1) * c + j, u, n, is_short);
         }
@@ -59,11 +61,11 @@ EACH_CPU void swiglu_bwd_rows(const void *inner, const void *back, const void *s
     }
 }
 
-void swiglu_bwd(const void *inner, const void *back, const void *scale, void *joined, void *slope,
-                void *dots, i64 n, i64 c, int is_short, int threads) {
+void swiglu_bwd(const void *inner, void *back, const void *scale, void *slope, void *dots, i64 n,
+                i64 c, int is_short, int threads) {
 #pragma omp parallel for num_threads(threads) if (n > ROWS)
     for (i64 i = 0; i < n; i += ROWS)
-        swiglu_bwd_rows(inner, back, scale, joined, slope, dots, c, is_short, i, least(i + ROWS, n));
+        swiglu_bwd_rows(inner, back, scale, slope, dots, c, is_short, i, least(i + ROWS, n));
 }
 
 /* ---- out[row[i]] += scale[i] * x[i], in the order of i ---- */
@@ -266,4 +268,52 @@ void qkv_bwd(const void *x, const void *const *grads, const i64 *steps, void *ou
 #pragma omp parallel for num_threads(threads) if (n > ROWS)
     for (i64 i = 0; i < n; i += ROWS)
         qkv_bwd_rows(x, grads, steps, out, heads, c, is_short, i, least(i + ROWS, n));
+}
+
+/* ---- the head: logits [n, c] fp32 to probabilities in place, and the gradient of the logits ---- */
+
+EACH_CPU void softmax_fwd_rows(float *logits, const i64 *target, float *logprobs, i64 c,
+                               float temperature, i64 i, i64 end) {
+    float ones[PIECE];
+    for (i64 l = 0; l < PIECE; l++) ones[l] = 1.0f;
+    for (; i < end; i++) {
+        float *row = logits + i * c, lanes[LANES], most, total = 0;
+        for (int l = 0; l < LANES; l++) lanes[l] = row[0];
+        for (i64 j = 0; j + LANES <= c; j += LANES)
+            for (int l = 0; l < LANES; l++) lanes[l] = row[j + l] > lanes[l] ? row[j + l] : lanes[l];
+        for (i64 j = c / LANES * LANES; j < c; j++) lanes[0] = row[j] > lanes[0] ? row[j] : lanes[0];
+        most = lanes[0];
+        for (int l = 1; l < LANES; l++) most = lanes[l] > most ? lanes[l] : most;
+        float own = (row[target[i]] - most) / temperature;
+        for (i64 j = 0; j < c; j += PIECE) {
+            i64 n = least(PIECE, c - j);
+            for (i64 l = 0; l < n; l++) row[j + l] = exponential((row[j + l] - most) / temperature);
+            total += dot(row + j, ones, n);
+        }
+        logprobs[i] = own - logf(total);
+        for (i64 j = 0; j < c; j++) row[j] /= total;
+    }
+}
+
+void softmax_fwd(float *logits, const i64 *target, float *logprobs, i64 n, i64 c,
+                 float temperature, int threads) {
+#pragma omp parallel for num_threads(threads) if (n > ROWS)
+    for (i64 i = 0; i < n; i += ROWS)
+        softmax_fwd_rows(logits, target, logprobs, c, temperature, i, least(i + ROWS, n));
+}
+
+/* share is the gradient of each logprob over the temperature */
+EACH_CPU void softmax_bwd_rows(const float *restrict p, const i64 *target, const float *share,
+                               float *restrict slope, i64 c, i64 i, i64 end) {
+    for (; i < end; i++) {
+        for (i64 j = 0; j < c; j++) slope[i * c + j] = -share[i] * p[i * c + j];
+        slope[i * c + target[i]] += share[i];
+    }
+}
+
+void softmax_bwd(const float *p, const i64 *target, const float *share, float *slope, i64 n, i64 c,
+                 int threads) {
+#pragma omp parallel for num_threads(threads) if (n > ROWS)
+    for (i64 i = 0; i < n; i += ROWS)
+        softmax_bwd_rows(p, target, share, slope, c, i, least(i + ROWS, n));
 }

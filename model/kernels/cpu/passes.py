@@ -62,11 +62,13 @@ _ARGUMENTS = {
     "lightning_fwd": [_POINTER, _INT64, _FLAG],
     "lightning_bwd": [_POINTER, _INT64, _FLAG],
     "swiglu_fwd": [_POINTER] * 2 + [_INT64] * 2 + [_FLAG] * 2,
-    "swiglu_bwd": [_POINTER] * 6 + [_INT64] * 2 + [_FLAG] * 2,
+    "swiglu_bwd": [_POINTER] * 5 + [_INT64] * 2 + [_FLAG] * 2,
     "add_rows": [_POINTER] * 4 + [_INT64] * 2 + [_FLAG] * 2,
     "norm_fwd": [_POINTER] * 4 + [_INT64, _FLAG],
     "norm_bwd": [_POINTER] * 3 + [_INT64, _FLAG],
     "qkv_fwd": [_POINTER] * 2 + [_INT64] * 3 + [_FLAG] * 2,
+    "softmax_fwd": [_POINTER] * 3 + [_INT64] * 2 + [_FLOAT, _FLAG],
+    "softmax_bwd": [_POINTER] * 4 + [_INT64] * 2 + [_FLAG],
     "qkv_bwd": [_POINTER] * 4 + [_INT64] * 3 + [_FLAG] * 2,
 }
 
@@ -123,12 +125,13 @@ def swiglu_grad(inner: Tensor, back: Tensor, scale: Tensor) -> tuple[Tensor, Ten
     Args:
         inner: [n, 2F]; scale: [n, 1], of each row.
 
-    Returns: scale * silu(g) * u [n, F]; the gradient of inner; that of scale, [n, 1].
+    Returns: scale * silu(g) * u [n, F], in the memory of back; the gradient of inner; that of
+        scale, [n, 1].
     """
     inner, back, scale = inner.contiguous(), back.contiguous(), scale.contiguous()
-    joined, slope, dots = map(torch.empty_like, (back, inner, scale))
-    call("swiglu_bwd", inner, back, scale, joined, slope, dots, *back.shape, is_short(inner))
-    return joined, slope, dots
+    slope, dots = torch.empty_like(inner), torch.empty_like(scale)
+    call("swiglu_bwd", inner, back, scale, slope, dots, *back.shape, is_short(inner))
+    return back, slope, dots
 
 
 def add_rows(out: Tensor, row: Tensor, x: Tensor, scale: Tensor | None = None) -> None:
@@ -136,6 +139,31 @@ def add_rows(out: Tensor, row: Tensor, x: Tensor, scale: Tensor | None = None) -
     x = x.contiguous()
     scale = None if scale is None else scale.contiguous()
     call("add_rows", out, row, x, scale, len(row), out.shape[1], is_short(out))
+
+
+def softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target [T], and the probabilities in the memory of logits [T, V].
+
+    Raises:
+        ValueError: if a target is none of the V.
+    """
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+        raise ValueError(
+            f"targets {int(targets.min())} to {int(targets.max())}: expected 0 to "
+            f"{logits.shape[1] - 1}"
+        )
+    logits, targets = logits.contiguous(), targets.contiguous()
+    logprobs = logits.new_empty(len(logits))
+    call("softmax_fwd", logits, targets, logprobs, *logits.shape, temperature)
+    return logprobs, logits
+
+
+def softmax_grad(probabilities: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+    """(1[v = target] - p_v) * share: [T, V], [T], [T] -> [T, V]."""
+    probabilities, targets, share = (x.contiguous() for x in (probabilities, targets, share))
+    slope = torch.empty_like(probabilities)
+    call("softmax_bwd", probabilities, targets, share, slope, *slope.shape)
+    return slope
 
 
 def silu_qkv(x: Tensor, heads: int) -> Tensor:

@@ -1,5 +1,6 @@
 /* Numbers of rows, read into fp32 and rounded once when written, and their sums. */
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
