@@ -1,7 +1,7 @@
-"""Calls of `passes.c`: each pass of a CPU over rows that torch makes of many.
+"""Calls of `passes.c` and `lightning.c`: passes of a CPU over rows, of which torch makes many.
 
-setup.py builds the C file where a compiler is; where it was not built `takes` says no, and an op's
-torch form serves. Callers check shapes: here are addresses only.
+setup.py builds the C files where a compiler is; where they were not built `takes` says no, and an
+op's torch form serves. Callers check shapes: here are addresses only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16)
 # rows whose sums make one row of partial sums of a weight's gradient, as in passes.c
 ROWS = 64
+# the widest head that silu_qkv and lightning take
+MAX_SIZE = 256
 
 _POINTER, _INT64, _FLAG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
@@ -167,7 +169,7 @@ def softmax_grad(probabilities: Tensor, targets: Tensor, share: Tensor) -> Tenso
 
 
 def silu_qkv(x: Tensor, heads: int) -> Tensor:
-    """[T, 3 H D] -> silu of it, [3, H, T, D]."""
+    """[T, 3 H D] -> silu of it, [3, H, T, D]; D <= MAX_SIZE."""
     x = x.contiguous()
     out = x.new_empty(3, heads, x.shape[0], x.shape[1] // (3 * heads))
     call("qkv_fwd", x, out, x.shape[0], heads, out.shape[3], is_short(x))

@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels.cpu import passes
 
-# of lightning.c
-BLOCK, MAX_SIZE = 32, 256
+# tokens a block, as in lightning.c
+BLOCK = 32
 
 
 def lightning_rows(

@@ -1,6 +1,7 @@
 """The norms of a block: the entries, which choose the form.
 
-Triton on CUDA (`launch.py`), torch elsewhere. Statistics are fp32 (fp64 stays), whatever the dtype.
+Triton on CUDA (`launch.py`), C on a CPU where it was built (`rows.py`), torch elsewhere. Statistics
+are fp32 (fp64 stays), whatever the dtype.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: Form = "auto") -> T
         x: [.., C], bf16, fp16, fp32 or fp64.
         weight: [C], any of these.
         eps: added to the mean square.
-        form: `auto` takes Triton on CUDA, and torch on a CPU, for fp64, for C > 8,192 and under
-            `torch.compile`.
+        form: `auto` takes Triton on CUDA and C on a CPU, and torch for fp64, on CUDA for
+            C > 8,192, and under `torch.compile`.
 
     Returns: [.., C] in the dtype of x.
 

@@ -45,16 +45,19 @@ def _described(
     role: Role,
     gain: tuple[float, float],
 ) -> passes.Norm:
-    found = passes.Norm(
-        x=x.data_ptr(), weight=weight.data_ptr(), x_step=x.stride(0), columns=x.shape[1],
-        alpha=1.0, beta=1.0, eps=eps, is_short=passes.is_short(x),
-    )  # fmt: skip
+    joins = role == "branch" and other is not None
+    alpha, beta = gain if joins else (1.0, 1.0)
+    beside = {}
     if other is not None:
-        setattr(found, role, other.data_ptr())
-        found.other_step, found.is_other_short = other.stride(0), passes.is_short(other)
-        if role == "branch":
-            found.alpha, found.beta = gain
-    return found
+        beside = {
+            role: other.data_ptr(),
+            "other_step": other.stride(0),
+            "is_other_short": passes.is_short(other),
+        }
+    return passes.Norm(
+        x=x.data_ptr(), weight=weight.data_ptr(), x_step=x.stride(0), columns=x.shape[1],
+        alpha=alpha, beta=beta, eps=eps, is_short=passes.is_short(x), **beside,
+    )  # fmt: skip
 
 
 class _Norm(torch.autograd.Function):
@@ -98,17 +101,17 @@ class _Norm(torch.autograd.Function):
         if to_out is None and to_carried is None:
             return (None,) * 7
         to_out = torch.zeros_like(x) if to_out is None else passes.dense_rows(to_out)
-        grads = passes.NormGrads(out=to_out.data_ptr(), out_step=to_out.stride(0))
-        if to_carried is not None:
-            to_carried = passes.dense_rows(to_carried)
-            name = "twin" if ctx.postnorm else "sum"
-            setattr(grads, name, to_carried.data_ptr())
-            setattr(grads, f"{name}_step", to_carried.stride(0))
         to_x = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
         to_other = other.new_empty(x.shape) if ctx.needs_input_grad[1] else None
         partial = weight.new_empty(-(-len(x) // passes.ROWS), x.shape[1])
-        for name, tensor in (("x", to_x), ("other", to_other), ("weight", partial)):
-            setattr(grads, name, None if tensor is None else tensor.data_ptr())
+        given = {"out": to_out, "x": to_x, "other": to_other, "weight": partial}
+        steps = {"out_step": to_out.stride(0)}
+        if to_carried is not None:
+            to_carried = passes.dense_rows(to_carried)
+            name = "twin" if ctx.postnorm else "sum"
+            given[name], steps[f"{name}_step"] = to_carried, to_carried.stride(0)
+        addresses = {key: t.data_ptr() for key, t in given.items() if t is not None}
+        grads = passes.NormGrads(**addresses, **steps)
         described = _described(x, other, weight, *ctx.given)
         passes.call("norm_bwd", ctypes.byref(described), ctypes.byref(grads), scale, len(x))
         to_weight = partial.sum(0) if ctx.needs_input_grad[2] else None

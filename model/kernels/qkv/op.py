@@ -59,7 +59,7 @@ class _SiluQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x)
-        if passes.takes(x):
+        if _runs_passes(x, heads):
             q, k, v = passes.silu_qkv(x, heads).transpose(1, 2).unbind(0)
             return q, k, v
         mixed = x.view(x.shape[0], heads, 3, -1).permute(2, 1, 0, 3)
@@ -77,7 +77,7 @@ class _SiluQKV(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if passes.takes(x):
+        if _runs_passes(x, grads[0].shape[1]):
             return passes.silu_qkv_grad(x, grads), None
         out = torch.cat(grads, dim=-1).view_as(x)
         # in place: large fresh memory costs more than the pass itself
@@ -88,3 +88,7 @@ class _SiluQKV(torch.autograd.Function):
 def _runs_triton(x: Tensor) -> bool:
     is_supported = x.is_cuda and x.dtype in TRITON_DTYPES and x.numel() > 0
     return is_supported and not torch.compiler.is_compiling()
+
+
+def _runs_passes(x: Tensor, heads: int) -> bool:
+    return passes.takes(x) and x.shape[1] <= 3 * heads * passes.MAX_SIZE
