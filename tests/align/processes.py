@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 
-ROOT = Path(__file__).parents[2]
+from tests.model.parallel.world import forkserver
+
+
+def _run(script: str, arguments: Sequence[str], environment: dict[str, str], said: Path) -> None:
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.environ.update(environment)
+    sys.argv = ["-c", *arguments]
+    exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
 
 
 def shard_weights(accelerator: Accelerator) -> None:
@@ -29,24 +40,33 @@ def shard_weights(accelerator: Accelerator) -> None:
 
 
 def launch(script: str, arguments: list[str], processes: int) -> list[str]:
-    """Runs the script, one process alone without a group; returns what each wrote to stderr."""
+    """Runs the script, one process alone without a group; returns what each wrote to stderr.
+
+    Processes are forked from one that has imported what scripts train with: importing it takes
+    longer than all that they do.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    shared = {"ACCELERATE_USE_CPU": "true"}
     if processes > 1:
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    started = []
-    for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", script, *arguments],
-                cwd=ROOT,
-                env={**os.environ, **shared, **own},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return [process.communicate(timeout=240)[1] for process in started]
+    deadline = time.monotonic() + 240
+    with tempfile.TemporaryDirectory() as folder:
+        started: list[tuple[Any, Path]] = []
+        for rank in range(processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            said = Path(folder) / str(rank)
+            given = (script, arguments, shared | own, said)
+            started.append((forkserver().Process(target=_run, args=given), said))
+            started[-1][0].start()
+        try:
+            for rank, (process, _) in enumerate(started):
+                process.join(max(0.0, deadline - time.monotonic()))
+                assert process.exitcode is not None, f"process {rank} has not ended in 240 s"
+        finally:
+            for process, _ in started:
+                process.kill()
+                process.join()
+        return [said.read_text() for _, said in started]

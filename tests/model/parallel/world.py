@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 
 @functools.cache
-def _context() -> ForkServerContext:
-    """Processes that have imported the model already; importing it takes seconds."""
+def forkserver() -> ForkServerContext:
+    """Processes that have imported what is tested already; importing it takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.model.parallel.world", "model", "align.loop"])
+    context.set_forkserver_preload(["tests.model.parallel.world", "align.trainers.grpo"])
     return context
 
 
@@ -53,7 +53,7 @@ def world(size: int, function: Callable[[Any], Any], given: Any, folder: Path) -
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = [
-        _context().Process(target=_run, args=(rank, size, port, folder, function, given))
+        forkserver().Process(target=_run, args=(rank, size, port, folder, function, given))
         for rank in range(size)
     ]
     for process in started:
