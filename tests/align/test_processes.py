@@ -114,7 +114,10 @@ except Stop:
     sys.exit(0)
 if kind.startswith("fsdp"):
     is_sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    assert is_sharded == (accelerator.num_processes > 1)
+    assert is_sharded == (ranks > 1)
+    if kind == "fsdp-experts" and ranks > 1:
+        experts = [p for name, p in model.named_parameters() if "mlp.experts" in name]
+        assert all(p.to_local().numel() * ranks == p.numel() for p in experts)
     base = small.start(folder / "base") if kind.endswith("dpo") else None
     save_policy(model, small.tokenizer(), folder / "artifact", base=base)
     model = load_policy(folder / "artifact")[0] if accelerator.is_main_process else model
@@ -144,9 +147,19 @@ def results(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
     "kind", ["lm", "dpo", "fsdp", "fsdp-rows", "fsdp-dpo", "fsdp-experts", "fsdp-experts-dpo"]
 )
 def test_two_processes_train_what_one_trains(tmp_path: Path, kind: str) -> None:
-    for processes in (1, 2):
-        told = run(kind, tmp_path / str(processes), processes)
-        assert (tmp_path / str(processes) / "final.pt").exists(), told
+    train_alike(tmp_path, kind, 2)
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("kind", ["fsdp-experts", "fsdp-experts-dpo"])
+def test_two_processes_hold_the_same_of_shared_experts(tmp_path: Path, kind: str) -> None:
+    train_alike(tmp_path, kind, 4)
+
+
+def train_alike(tmp_path: Path, kind: str, processes: int) -> None:
+    for name, number in (("1", 1), ("2", processes)):
+        told = run(kind, tmp_path / name, number)
+        assert (tmp_path / name / "final.pt").exists(), told
     (one, one_lines), (two, two_lines) = results(tmp_path / "1"), results(tmp_path / "2")
     for name, weight in one.items():
         assert_close(name, two[name], weight, 1e-4)
@@ -171,7 +184,7 @@ def test_resumed_run_on_two_processes_is_bit_identical(tmp_path: Path, kind: str
 
 @pytest.mark.multi
 @pytest.mark.parametrize(
-    "kind", ["lm", "dpo", "fsdp", "fsdp-rows", "experts", "experts-dpo", "fsdp-experts-dpo"]
+    "kind", ["lm", "dpo", "fsdp", "fsdp-rows", "experts", "experts-dpo", "fsdp-experts"]
 )
 def test_two_processes_begin_and_one_or_four_go_on(tmp_path: Path, kind: str) -> None:
     run(kind, tmp_path / "2", 2)
