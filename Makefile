@@ -15,7 +15,7 @@ export DO_NOT_TRACK := 1
 setup: $(STAMP)
 
 # torch first and alone: its build for this machine decides what the rest may be.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard model/kernels/cpu/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.kernels.cpu import passes
 from model.kernels.linear.op import CACHED_ROWS, FEW_ROWS, is_faster_here, product, weight_grad
 
 
@@ -100,9 +101,8 @@ class _Experts(torch.autograd.Function):
         out, kept = torch.zeros_like(x), []
         for piece in _pieces(x, gate_up, token, scale, counts):
             inner = product(x.index_select(0, piece.token), gate_up[piece.expert])
-            gate, up = inner.chunk(2, dim=-1)
-            outer = product(F.silu(gate).mul_(up), down[piece.expert])
-            out.index_add_(0, piece.token, outer.mul_(piece.scale))
+            outer = product(_swiglu(inner), down[piece.expert])
+            _add_rows(out, piece, outer, piece.scale)
             kept.append(inner)
         ctx.save_for_backward(x, gate_up, down, scale, token, *kept)
         ctx.counts = counts
@@ -121,22 +121,17 @@ class _Experts(torch.autograd.Function):
         for piece, inner in zip(pieces, kept, strict=True):
             expert = piece.expert
             own_grad = grad.index_select(0, piece.token)
-            gate, up = inner.chunk(2, dim=-1)
-            active = F.silu(gate)
-            joined = active * up
             back = product(own_grad, down[expert].t())
+            joined, slope, dots = _swiglu_grad(inner, back, piece.scale)
             if to_scale is not None:
-                found = torch.linalg.vecdot(back, joined)
-                to_scale[piece.own] = found[: piece.own.stop - piece.own.start, None]
+                to_scale[piece.own] = dots[: piece.own.stop - piece.own.start]
             if needs_down:
-                own_grad.mul_(piece.scale)
                 to_down[expert] = weight_grad(own_grad, joined, to_down[expert])
-            slope = _inner_grad(back.mul_(piece.scale), gate, up, active)
             if needs_gate_up:
                 rows = x.index_select(0, piece.token)
                 to_gate_up[expert] = weight_grad(slope, rows, to_gate_up[expert])
             if to_x is not None:
-                to_x.index_add_(0, piece.token, product(slope, gate_up[expert].t()))
+                _add_rows(to_x, piece, product(slope, gate_up[expert].t()))
         return (
             to_x,
             _stack(to_gate_up, gate_up) if needs_gate_up else None,
@@ -147,13 +142,34 @@ class _Experts(torch.autograd.Function):
         )
 
 
-def _inner_grad(back: Tensor, gate: Tensor, up: Tensor, active: Tensor) -> Tensor:
-    """Gradient of [g | u] from that of silu(g) * u, which it overwrites."""
-    slope = torch.empty(*back.shape[:-1], 2 * back.shape[-1], dtype=back.dtype, device=back.device)
+def _swiglu(inner: Tensor) -> Tensor:
+    if passes.takes(inner):
+        return passes.swiglu(inner)
+    gate, up = inner.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _swiglu_grad(inner: Tensor, back: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `passes.swiglu_grad`; overwrites back."""
+    if passes.takes(inner):
+        return passes.swiglu_grad(inner, back, scale)
+    gate, up = inner.chunk(2, dim=-1)
+    active = F.silu(gate)
+    joined = active * up
+    dots = torch.linalg.vecdot(back, joined)[:, None]
+    slope = torch.empty_like(inner)
     to_gate, to_up = slope.chunk(2, dim=-1)
-    torch.mul(back, active, out=to_up)
+    torch.mul(back.mul_(scale), active, out=to_up)
     torch.ops.aten.silu_backward.grad_input(back.mul_(up), gate, grad_input=to_gate)
-    return slope
+    return joined.mul_(scale), slope, dots
+
+
+def _add_rows(out: Tensor, piece: _Piece, x: Tensor, scale: Tensor | None = None) -> None:
+    """out[token] += scale * x; overwrites x."""
+    if passes.takes(out):
+        own = piece.own.stop - piece.own.start
+        return passes.add_rows(out, piece.token[:own], x, scale)
+    out.index_add_(0, piece.token, x if scale is None else x.mul_(scale))
 
 
 def _stack(grads: Sequence[Tensor | None], weights: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Lightning attention over packed sequences: the entries, which choose the form.
 
-Two forms give the same numbers: torch matmuls on any device (`blocks.py`) and Triton on CUDA
-(`launch.py`).
+Three forms give the same numbers: torch matmuls on any device (`blocks.py`), C on a CPU where it
+was built (`rows.py`) and Triton on CUDA (`launch.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.kernels.cpu import passes
 from model.kernels.lightning.blocks import lightning_blocks
+from model.kernels.lightning.rows import lightning_rows
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TRITON_SIZE = 256
@@ -41,7 +43,7 @@ def lightning_attention(
             unless an initial state is given.
         initial_state: [S, H, D, D] fp32.
         with_final: whether the final states are wanted.
-        form: `auto` takes Triton on CUDA, and torch on a CPU, for fp64 and for D > 256.
+        form: `auto` takes Triton on CUDA and C on a CPU, and torch for fp64 and for D > 256.
 
     Returns: o [T, H, D] in the dtype of v, accumulated in fp32; final states [S, H, D, D] fp32
         or None.
@@ -72,6 +74,10 @@ def lightning_attention(
         from model.kernels.lightning.launch import lightning_triton
 
         return lightning_triton(
+            q, k, v, slopes, lengths, initial_state=initial_state, with_final=with_final
+        )
+    if form == "auto" and passes.takes(q) and size <= passes.MAX_SIZE:
+        return lightning_rows(
             q, k, v, slopes, lengths, initial_state=initial_state, with_final=with_final
         )
     return lightning_blocks(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.kernels.cpu import passes
 from model.kernels.linear.op import FEW_ROWS, linear, product, weight_grad
 
 # fp32 logits that exist at once; on a CPU of no more tokens than share a pass over the weight well
@@ -106,13 +107,34 @@ def head_logits(hidden: Tensor, weight: Tensor, *, head_fp32: bool = False) -> T
         return linear(hidden.to(weight.dtype), weight).to(wide)
 
 
-def _piece_logits(hidden: Tensor, weight: Tensor, temperature: float, *, head_fp32: bool) -> Tensor:
+def _softmax(
+    logits: Tensor, targets: Tensor, temperature: float, keeps: bool, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logprobs [T], probabilities [T, V] if they are kept, and entropies; overwrites the logits."""
+    if passes.takes(logits) and not with_entropy:
+        return *passes.softmax(logits, targets, temperature), None
+    every = logits.div_(temperature).log_softmax(-1)
+    entropy = None
+    if with_entropy or keeps:
+        torch.exp(every, out=logits)
+    if with_entropy:
+        # not logsumexp - sum p z: both are large where the entropy is small
+        entropy = torch.linalg.vecdot(logits, every).neg_()
+    return every.gather(1, targets[:, None])[:, 0], logits, entropy
+
+
+def _slope(probabilities: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+    if passes.takes(probabilities, share):
+        return passes.softmax_grad(probabilities, targets, share)
+    slope = probabilities * -share[:, None]
+    return slope.scatter_add_(1, targets[:, None], share[:, None])
+
+
+def _piece_logits(hidden: Tensor, weight: Tensor, *, head_fp32: bool) -> Tensor:
     """[T, V] fp32 (fp64 stays) of one piece, no gradient."""
     if hidden.is_cuda and weight.dtype in SHORT and not head_fp32:
-        logits = torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32)
-    else:
-        logits = head_logits(hidden, weight, head_fp32=head_fp32)
-    return logits.div_(temperature)
+        return torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32)
+    return head_logits(hidden, weight, head_fp32=head_fp32)
 
 
 def _piece_rows(weight: Tensor, dtype: torch.dtype) -> int:
@@ -138,16 +160,13 @@ class _TokenLogprobs(torch.autograd.Function):
         keeps = hidden.is_cpu and any(ctx.needs_input_grad[:2]) and size <= _KEPT_BYTES
         step = _piece_rows(weight, hidden.dtype)
         for rows, target in zip(hidden.split(step), targets.split(step), strict=True):
-            logits = _piece_logits(rows, weight, temperature, head_fp32=head_fp32)
-            every = logits.log_softmax(-1)
-            logprobs.append(every.gather(1, target[:, None])[:, 0])
-            if with_entropy or keeps:
-                probabilities = torch.exp(every, out=logits)
-            if with_entropy:
-                # not logsumexp - sum p z: both are large where the entropy is small
-                entropies.append(torch.linalg.vecdot(probabilities, every).neg_())
+            logits = _piece_logits(rows, weight, head_fp32=head_fp32)
+            found, p, entropy = _softmax(logits, target, temperature, keeps, with_entropy)
+            logprobs.append(found)
+            if entropy is not None:
+                entropies.append(entropy)
             if keeps:
-                kept.append(probabilities)
+                kept.append(p)
         ctx.save_for_backward(hidden, weight, targets, *kept)
         ctx.temperature, ctx.head_fp32 = temperature, head_fp32
         if not with_entropy:
@@ -168,13 +187,12 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], step):
             piece = slice(start, start + step)
             rows = hidden[piece]
-            share = grad[piece, None] / temperature
             if kept:
-                slope = kept[start // step] * -share
+                probabilities = kept[start // step]
             else:
-                logits = _piece_logits(rows, weight, temperature, head_fp32=head_fp32)
-                slope = logits.softmax(-1).mul_(-share)
-            slope.scatter_add_(1, targets[piece, None], share)
+                logits = _piece_logits(rows, weight, head_fp32=head_fp32)
+                probabilities = logits.div_(temperature).softmax(-1)
+            slope = _slope(probabilities, targets[piece], grad[piece] / temperature)
             back = wide if head_fp32 else weight.dtype
             slope = slope.to(back)
             if grad_hidden is not None:

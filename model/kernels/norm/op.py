@@ -1,6 +1,7 @@
 """The norms of a block: the entries, which choose the form.
 
-Triton on CUDA (`launch.py`), torch elsewhere. Statistics are fp32 (fp64 stays), whatever the dtype.
+Triton on CUDA (`launch.py`), C on a CPU where it was built (`rows.py`), torch elsewhere. Statistics
+are fp32 (fp64 stays), whatever the dtype.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from model.kernels.cpu import passes
+from model.kernels.norm.rows import norm_rows
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # one program holds whole rows in registers
@@ -26,8 +30,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: Form = "auto") -> T
         x: [.., C], bf16, fp16, fp32 or fp64.
         weight: [C], any of these.
         eps: added to the mean square.
-        form: `auto` takes Triton on CUDA, and torch on a CPU, for fp64, for C > 8,192 and under
-            `torch.compile`.
+        form: `auto` takes Triton on CUDA and C on a CPU, and torch for fp64, on CUDA for
+            C > 8,192, and under `torch.compile`.
 
     Returns: [.., C] in the dtype of x.
 
@@ -44,6 +48,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: Form = "auto") -> T
         from model.kernels.norm.launch import norm_triton
 
         return norm_triton(x, weight, eps)
+    if form == "auto" and passes.takes(x):
+        return norm_rows(x, None, weight, eps)[1]
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         wide = torch.promote_types(x.dtype, torch.float32)
         return _RMSNorm.apply(x.to(wide), weight.to(wide), eps).to(x.dtype)
@@ -100,6 +106,8 @@ def join_norm(
         from model.kernels.norm.launch import join_norm_triton
 
         return join_norm_triton(residual, branch, weight, eps, gain=gain, postnorm=postnorm)
+    if form == "auto" and _runs_passes(residual, branch):
+        return norm_rows(residual, branch, weight, eps, gain=gain, postnorm=postnorm)
     x = residual if branch is None else join(residual, branch, gain)
     normed = rms_norm(x, weight, eps, form=form)
     return normed if postnorm else x, normed
@@ -130,6 +138,8 @@ def gated_norm(
         from model.kernels.norm.launch import gated_norm_triton
 
         return gated_norm_triton(x, gate, weight, eps)
+    if form == "auto" and _runs_passes(x, gate):
+        return norm_rows(x, gate, weight, eps, role="gate")[1]
     return torch.sigmoid(gate) * rms_norm(x, weight, eps, form=form)
 
 
@@ -162,6 +172,11 @@ def _runs_triton(x: Tensor, other: Tensor | None = None) -> bool:
         and x.numel() > 0
         and not torch.compiler.is_compiling()
     )
+
+
+def _runs_passes(x: Tensor, other: Tensor | None) -> bool:
+    other_dtype = x.dtype if other is None else other.dtype
+    return passes.takes(x, other) and torch.promote_types(x.dtype, other_dtype) == x.dtype
 
 
 class _RMSNorm(torch.autograd.Function):

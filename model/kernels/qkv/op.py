@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.kernels.cpu import passes
+
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Form = Literal["auto", "torch"]
@@ -57,6 +59,9 @@ class _SiluQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x)
+        if _runs_passes(x, heads):
+            q, k, v = passes.silu_qkv(x, heads).transpose(1, 2).unbind(0)
+            return q, k, v
         mixed = x.view(x.shape[0], heads, 3, -1).permute(2, 1, 0, 3)
         out = torch.empty(mixed.shape, dtype=x.dtype, device=x.device)
         if x.dtype.itemsize == 2 and x.device.type == "cpu":
@@ -72,6 +77,8 @@ class _SiluQKV(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
+        if _runs_passes(x, grads[0].shape[1]):
+            return passes.silu_qkv_grad(x, grads), None
         out = torch.cat(grads, dim=-1).view_as(x)
         # in place: large fresh memory costs more than the pass itself
         torch.ops.aten.silu_backward.grad_input(out, x, grad_input=out)
@@ -81,3 +88,7 @@ class _SiluQKV(torch.autograd.Function):
 def _runs_triton(x: Tensor) -> bool:
     is_supported = x.is_cuda and x.dtype in TRITON_DTYPES and x.numel() > 0
     return is_supported and not torch.compiler.is_compiling()
+
+
+def _runs_passes(x: Tensor, heads: int) -> bool:
+    return passes.takes(x) and x.shape[1] <= 3 * heads * passes.MAX_SIZE

@@ -6,6 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.kernels.cpu import passes
+
+
+@pytest.fixture(params=["passes", "torch"])
+def cpu_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test once with the passes in C and once with the torch forms that serve without them."""
+    if request.param == "torch":
+        monkeypatch.setattr(passes, "library", lambda: None)
+    elif passes.library() is None:
+        pytest.skip("model/kernels/cpu was not built: pip install -e . with a C compiler")
+
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from model.kernels.experts.reference import experts_reference
 from model.kernels.experts.router import route, router_logits
 from tests.helpers import TOLERANCE, assert_close
 
+pytestmark = pytest.mark.usefixtures("cpu_form")
+
 
 def inputs(tokens: int, experts: int, top: int) -> tuple[list[Tensor], Tensor]:
     torch.manual_seed(0)

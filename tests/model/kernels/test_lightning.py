@@ -10,6 +10,8 @@ from model.kernels.lightning.op import lightning_attention
 from model.kernels.lightning.reference import lightning_reference
 from tests.helpers import TOLERANCE, assert_close
 
+pytestmark = pytest.mark.usefixtures("cpu_form")
+
 RAGGED = ([1], [63], [64], [65], [1000], [65, 1, 130], [1, 1, 1], [33, 200, 1, 64])
 
 

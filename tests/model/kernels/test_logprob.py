@@ -4,36 +4,49 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.kernels.cpu import passes
 from model.kernels.logprob.op import head_logits, token_logprobs
 from model.kernels.logprob.reference import token_logprobs_reference
 from tests.helpers import assert_close
 
 
 def run(
-    form: str, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+    form: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    with_entropy: bool = True,
 ) -> dict[str, Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
-    function = token_logprobs if form == "op" else token_logprobs_reference
-    logprobs, entropy = function(*leaves, targets, temperature=temperature)
+    if form == "op":
+        logprobs, entropy = token_logprobs(
+            *leaves, targets, temperature=temperature, with_entropy=with_entropy
+        )
+    else:
+        logprobs, entropy = token_logprobs_reference(*leaves, targets, temperature=temperature)
     (logprobs * torch.linspace(-1.0, 2.0, targets.numel(), dtype=torch.float64)).sum().backward()
-    return {
+    found = {
         "logprobs": logprobs,
-        "entropy": entropy,
         "gradient of hidden": leaves[0].grad,
         "gradient of weight": leaves[1].grad,
     }
+    return found if entropy is None else found | {"entropy": entropy}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 2.0])
 @pytest.mark.parametrize("tokens", [1, 65, 2049, 5000])
-def test_equals_the_whole_softmax(tokens: int, temperature: float):
+@pytest.mark.parametrize("with_entropy", [True, False])
+@pytest.mark.usefixtures("cpu_form")
+def test_equals_the_whole_softmax(tokens: int, temperature: float, with_entropy: bool):
     torch.manual_seed(0)
     hidden, weight = torch.randn(tokens, 16), torch.randn(33, 16) * 0.3
     targets = torch.randint(0, 33, (tokens,))
-    found = run("op", hidden, weight, targets, temperature)
+    found = run("op", hidden, weight, targets, temperature, with_entropy)
     exact = run("reference", hidden.double(), weight.double(), targets, temperature)
-    for name, value in exact.items():
-        assert_close(name, found[name], value, 1e-6)
+    assert ("entropy" in found) == with_entropy
+    for name, value in found.items():
+        assert_close(name, value, exact[name], 1e-6)
 
 
 def test_large_logits_stay_finite_and_exact():
@@ -80,3 +93,12 @@ def test_wrong_arguments_are_refused():
         token_logprobs(hidden, weight, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"temperature = 0\.0, expected > 0"):
         token_logprobs(hidden, weight, torch.tensor([0, 1, 2]), temperature=0.0)
+
+
+@pytest.mark.skipif(passes.library() is None, reason="model/kernels/cpu was not built")
+@pytest.mark.parametrize("target", [-1, 5])
+def test_target_that_is_no_word_is_refused(target: int):
+    with pytest.raises(ValueError, match=rf"targets {target} to {target}: expected 0 to 4"):
+        token_logprobs(
+            torch.ones(1, 2), torch.ones(5, 2), torch.tensor([target]), with_entropy=False
+        )

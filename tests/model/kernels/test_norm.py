@@ -7,6 +7,8 @@ from model.kernels.norm.op import rms_norm
 from model.kernels.norm.reference import norm_reference
 from tests.helpers import TOLERANCE, assert_close
 
+pytestmark = pytest.mark.usefixtures("cpu_form")
+
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_norm_on_a_cpu_equals_the_formula_in_every_dtype(dtype: torch.dtype):

@@ -7,9 +7,13 @@ from model.kernels.qkv.op import silu_qkv
 from model.kernels.qkv.reference import silu_qkv_reference
 from tests.helpers import TOLERANCE, assert_close
 
+pytestmark = pytest.mark.usefixtures("cpu_form")
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 1, 32), (65, 3, 32), (130, 2, 80)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "size"), [(1, 1, 32), (65, 3, 32), (130, 2, 80), (3, 2, 300)]
+)
 def test_equals_the_definition_head_by_head(dtype: torch.dtype, tokens: int, heads: int, size: int):
     torch.manual_seed(0)
     x = torch.randn(tokens, 3 * heads * size).to(dtype).requires_grad_()
