@@ -36,8 +36,8 @@ from align.watch import Watch
 from model import HybridModel
 from model.checkpointing import Checkpointing
 from model.parallel.apply import mesh_of
-from model.parallel.expert import leave_out_of_ddp, shared_modules
-from model.parallel.mesh import ParallelConfig
+from model.parallel.expert import leave_out_of_ddp, shared_modules, spread_over_replicas
+from model.parallel.mesh import Mesh, ParallelConfig
 
 
 class TrainConfig(BaseModel):
@@ -173,6 +173,8 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
     set_seed(job.seed, device_specific=True)
     set_checkpointing(model, config.checkpointing)
     mesh = mesh_of(model)
+    if accelerator.is_fsdp2:
+        _shard(accelerator, model, mesh)
     optimizer, scheduler = build_optimizer(model, config.optim, course.num_steps)
     prepared, wrapped = _prepare(accelerator, model, optimizer)
     run = _Run(
@@ -209,16 +211,19 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
     return dict(run.last)
 
 
+def _shard(accelerator: Accelerator, model: nn.Module, mesh: Mesh) -> None:
+    """Shards what accelerate would not shard so, before the optimizer sees the parameters."""
+    if isinstance(model, PeftModel):
+        shard_head(model)
+    accelerator.state.fsdp_plugin.ignored_modules = shared_modules(model) or None
+    spread_over_replicas(model, mesh)
+
+
 def _prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: Optimizer
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
     """Leaves to data parallelism what ranks do not share otherwise."""
-    has_more = leave_out_of_ddp(model)
-    if accelerator.is_fsdp2:
-        accelerator.state.fsdp_plugin.ignored_modules = shared_modules(model) or None
-        if isinstance(model, PeftModel):
-            shard_head(model)
-    elif not has_more:
+    if not leave_out_of_ddp(model) and not accelerator.is_fsdp2:
         # adapters on shared experts alone, whose gradients the update sums itself
         prepared = accelerator.prepare_model(model, evaluation_mode=True)
         return prepared, accelerator.prepare_optimizer(optimizer)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
+from accelerate.utils import is_torch_version
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
@@ -24,7 +26,11 @@ from model.parallel.expert import local
 
 
 def share_adapters(model: PeftModel) -> None:
-    """Leaves each rank the adapters of its experts; does nothing where experts are not shared."""
+    """Leaves each rank the adapters of its experts; does nothing where experts are not shared.
+
+    Raises:
+        ValueError: if they are, and torch is older than 2.13.
+    """
     inside: set[nn.Module] = set()
     for module in model.modules():
         if not isinstance(module, ParamWrapper) or module in inside:
@@ -32,10 +38,21 @@ def share_adapters(model: PeftModel) -> None:
         chain = _chain(module)
         inside.update(chain)
         if any(isinstance(wrapper.get_param(), DTensor) for wrapper in chain):
+            check_torch()
             for wrapper in chain:
                 _shard(wrapper)
             module.register_forward_pre_hook(_enter)
             module.register_forward_hook(_leave, always_call=True)
+
+
+def check_torch() -> None:
+    """Refuses a torch on which shared adapters do not train: 2.11 stopped in their first stage."""
+    if is_torch_version("<", "2.13"):
+        raise ValueError(
+            f"torch = {torch.__version__} with adapters on experts and parallel.expert above 1, "
+            "expected 2.13 or newer; update torch, or set lora.targets to attention or "
+            "parallel.expert to 1"
+        )
 
 
 def _chain(outer: nn.Module) -> list[ParamWrapper]:

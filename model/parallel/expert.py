@@ -11,6 +11,7 @@ over the ranks that share the experts; what is left is the sum over those that h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
@@ -35,7 +37,7 @@ from model.parallel.collectives import (
     scatter_parts,
     start_exchange,
 )
-from model.parallel.mesh import ALONE, Axis, Mesh
+from model.parallel.mesh import ALONE, EXPERTS, Axis, Mesh
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,37 @@ def shared_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if not own.isdisjoint(m.parameters(recurse=False))]
 
 
+def spread_over_replicas(model: nn.Module, mesh: Mesh) -> None:
+    """Shards (FSDP2) trained experts over the ranks that hold the same ones, along C.
+
+    So no rank keeps gradients and optimizer states that another one keeps too. Experts under
+    adapters, and a C that does not divide, stay as they are. Call it before optimizers see the
+    parameters.
+    """
+    if mesh.expert.size == 1 or mesh.replica.size == 1:
+        return
+    assert mesh.experts is not None, "made with the expert axis"
+    held = mesh.experts[EXPERTS[1 : mesh.experts.ndim]]
+    for module in model.modules():
+        if not isinstance(module, Experts) or not module.gate_up_proj.requires_grad:
+            continue
+        if module.gate_up_proj.shape[2] % mesh.replica.size:
+            continue
+        for name, whole in list(module.named_parameters(recurse=False)):
+            assert isinstance(whole, DTensor), "shared by shard_experts"
+            placed = DTensor.from_local(
+                local(whole.detach()),
+                held,
+                whole.placements[1:],
+                run_check=False,
+                shape=whole.shape,
+                stride=whole.stride(),
+            )
+            setattr(module, name, nn.Parameter(placed))
+        along = {module.gate_up_proj: Shard(2), module.down_proj: Shard(1)}
+        fully_shard(module, mesh=mesh.experts["replica"], shard_placement_fn=along.__getitem__)
+
+
 def leave_out_of_ddp(model: nn.Module) -> bool:
     """Tells DDP, which is about to wrap `model`, that each rank has experts of its own.
 
@@ -306,19 +339,21 @@ def average_expert_gradients(model: nn.Module, mesh: Mesh) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         grad = local(parameter.grad)
-        for axis in (mesh.replica, mesh.tensor) if _spans_width(parameter) else (mesh.replica,):
-            if axis.size > 1:
+        alike = _alike_over(parameter)
+        for axis, name in ((mesh.replica, "replica"), (mesh.tensor, "tensor")):
+            if axis.size > 1 and name in alike:
+                # of an adapter, ranks that share the width have the gradient of their part each
                 dist.all_reduce(grad, group=axis.group)
-        grad.div_(mesh.world.size)
+        # FSDP has made a mean over the ranks that it sharded over
+        grad.div_(mesh.world.size if "replica" in alike else mesh.world.size / mesh.replica.size)
 
 
-def _spans_width(parameter: nn.Parameter) -> bool:
-    """Whether the ranks that share the width hold the same, as they do of one side of an adapter.
-
-    Each has then the gradient of its part of the width.
-    """
+def _alike_over(parameter: nn.Parameter) -> set[str]:
+    """Names of the axes whose ranks all hold the same of a shared parameter."""
     assert isinstance(parameter, DTensor), "of shared_experts"
-    return parameter.placements[-1].is_replicate()
+    names = parameter.device_mesh.mesh_dim_names or ()
+    pairs = zip(names, parameter.placements, strict=True)
+    return {name for name, placement in pairs if placement.is_replicate()}
 
 
 def clip_gradients(model: nn.Module, mesh: Mesh, limit: float) -> Tensor:
@@ -327,33 +362,27 @@ def clip_gradients(model: nn.Module, mesh: Mesh, limit: float) -> Tensor:
     Args:
         limit: inf clips nothing.
     """
-    shared = dict(shared_experts(model))
-    own: list[Tensor] = []
-    alike: list[Tensor] = []
-    spread_out: list[Tensor] = []
-    others: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        if parameter.grad is None:
-            continue
-        if name in shared:
-            group = alike if _spans_width(parameter) else own
-        else:
-            group = spread_out if isinstance(parameter, DTensor) else others
-        group.append(local(parameter.grad))
-    device = next(model.parameters()).device
-    # of no gradient, torch gives a norm on the host
-    in_part, repeated, by_fsdp, whole = (
-        torch.nn.utils.get_total_norm(grads).to(device, torch.float64).square()
-        for grads in (own, alike, spread_out, others)
-    )
-    squares = in_part + repeated / mesh.tensor.size
-    for axis in (mesh.expert, mesh.tensor):
-        if axis.size > 1:
-            dist.all_reduce(squares, group=axis.group)
-    if spread_out:
-        dist.all_reduce(by_fsdp, group=mesh.world.group)
-    norm = (squares + by_fsdp + whole).sqrt()
+    # by the number of parts that ranks hold of them
+    by_parts: dict[int, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            by_parts.setdefault(_num_parts(parameter), []).append(local(parameter.grad))
+    squares = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    for parts, grads in by_parts.items():
+        # each part is held, and so counted, by as many ranks
+        times = mesh.world.size / parts
+        squares += torch.nn.utils.get_total_norm(grads).double().square() / times
+    dist.all_reduce(squares, group=mesh.world.group)
+    norm = squares.sqrt()
     share = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for grad in (*own, *alike, *spread_out, *others):
-        grad.mul_(share.to(grad.dtype))
+    for grads in by_parts.values():
+        for grad in grads:
+            grad.mul_(share.to(grad.dtype))
     return norm
+
+
+def _num_parts(parameter: nn.Parameter) -> int:
+    if not isinstance(parameter, DTensor):
+        return 1
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return math.prod(mesh.size(n) for n, p in enumerate(placements) if not p.is_replicate())

@@ -37,8 +37,8 @@ class ParallelConfig(BaseModel):
     sequence: int = Field(default=1, ge=1)
     """Processes that share one packed row; divides the number of processes."""
     expert: int = Field(default=1, ge=1)
-    """Processes that share the experts of each layer, which FSDP then leaves to them; divides the
-    number of processes."""
+    """Processes that share the experts of each layer; divides the number of processes. FSDP shards
+    experts over those that hold the same ones."""
     expert_tensor: int = Field(default=1, ge=1)
     """Processes that share the inner width of each expert where `expert` is above 1; expert *
     expert_tensor divides the number of processes."""

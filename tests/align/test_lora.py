@@ -5,6 +5,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from align import shared_adapters
 from align.data.batch import Batch
 from align.lora import LoraConfig, apply_lora
 from tests.align import small
@@ -116,3 +117,10 @@ def test_dropout_needs_inputs() -> None:
     message = r"lora\.dropout = 0\.1, expected 0 with lora\.targets = all and lora\.router = False"
     with pytest.raises(ValidationError, match=message):
         LoraConfig(dropout=0.1)
+
+
+def test_shared_adapters_need_a_torch_that_trains_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_adapters.check_torch()
+    monkeypatch.setattr(shared_adapters, "is_torch_version", lambda *_: True)
+    with pytest.raises(ValueError, match=r"parallel.expert above 1, expected 2\.13 or newer; upd"):
+        shared_adapters.check_torch()
