@@ -60,9 +60,9 @@ class RolloutConfig(BaseModel):
     max_staleness: int = Field(default=0, ge=0, le=1)
     """Rollouts that sampling may run ahead of training; 1 samples the next while one is trained."""
     canary_bound: float = Field(default=0.0, ge=0)
-    """Largest difference of a canary's log-probability in nats; 0 is the precision's own, and then
-    the native engine in the trainer is held to it in fp32 only: it has no weights of its own that
-    could be wrong, and in bf16 rounding may send a token to another expert."""
+    """Largest rms of a canary's log-probabilities against the trainer's, the two largest left out,
+    in nats; those may be 50 times that. 0 is the precision's own, which a model with distributions
+    far sharper than any that was trained may need wider in bf16."""
     deadline_s: float = Field(default=1800.0, gt=0)
     """Seconds without any answer of any worker after which the run fails."""
 
@@ -103,7 +103,6 @@ class OwnSource:
 
     Args:
         policy: the live model, possibly with adapters.
-        canary: None proves nothing.
         autocast: of the trainer's forward.
     """
 
@@ -112,12 +111,12 @@ class OwnSource:
         engine: NativeEngine,
         policy: Policy,
         *,
-        canary: Canary | None,
+        canary: Canary,
         autocast: torch.dtype | None,
     ) -> None:
         self.native = engine
         self._policy, self._autocast = policy, autocast
-        self._canary = canary
+        self._canary: Canary | None = canary
 
     @property
     def engine(self) -> Engine:
@@ -299,5 +298,4 @@ def open_source(
     engine = open_engine(
         policy, max_concurrent=max_concurrent, max_tokens=max_tokens, autocast=autocast
     )
-    is_proven = dtype == torch.float32 or config.canary_bound > 0
-    return OwnSource(engine, policy, canary=canary if is_proven else None, autocast=autocast)
+    return OwnSource(engine, policy, canary=canary, autocast=autocast)
