@@ -25,7 +25,8 @@ from model import HybridForCausalLM
 from rollout.canary import Canary, trainer_score
 from rollout.client import RemoteEngine
 from rollout.native.engine import NativeEngine
-from rollout.sync import adapter_config, adapter_weights, checksums, parts, weights
+from rollout.remote import BrokenPushError
+from rollout.sync import adapter_config, adapter_weights, checksums, outline, parts, weights
 from rollout.types import Completion, Engine
 from serving.keys import key_of
 
@@ -52,6 +53,9 @@ class RolloutConfig(BaseModel):
     folder: str = ""
     """Where weights are written for the workers, under the same path on all machines; empty is
     `weights` in the stage's folder."""
+    sync: Literal["files", "broadcast"] = "files"
+    """How weights reach the workers: through `folder`, or over a process group that the trainer
+    opens for each push, NCCL if all are on CUDA, else gloo (workers started with --broadcast)."""
     push: Literal["weights", "adapter"] = "weights"
     """What workers are sent: all weights, adapters merged, or the adapter to the policy that the
     stage started from, which they have opened."""
@@ -79,6 +83,12 @@ class RolloutConfig(BaseModel):
             raise ValueError(
                 f"rollout.{min(unused)} says something of workers, and rollout.workers is empty; "
                 "name them or remove it"
+            )
+        if self.sync == "broadcast" and (self.folder or self.push == "adapter"):
+            key = "folder" if self.folder else "push = adapter"
+            raise ValueError(
+                f"rollout.{key} is of files, and rollout.sync = broadcast; remove it, or set sync: "
+                "files"
             )
         if len({*self.workers}) != len(self.workers):
             raise ValueError(f"rollout.workers = {self.workers}, expected each once")
@@ -189,11 +199,15 @@ class WorkerSource:
         """
         if version == self._version:
             return
-        accelerator = self._job.accelerator
-        if accelerator.num_processes == 1:
-            self._send(version)
-        else:
-            self._send_together(version)
+        is_alone = self._job.accelerator.num_processes == 1
+        # a broadcast that loses a worker on the way is made again for those left
+        for tries_left in reversed(range(len(self._config.workers) + 1)):
+            try:
+                (self._send if is_alone else self._send_together)(version)
+                break
+            except BrokenPushError:
+                if not tries_left:
+                    raise
         self._version = version
 
     def _send(self, version: int) -> None:
@@ -204,6 +218,11 @@ class WorkerSource:
 
     @torch.no_grad()
     def _push(self, version: int) -> None:
+        if self._config.sync == "broadcast":
+            tensors = outline(self._policy, dtype=self.remote.dtype)
+            device = next(self._policy.parameters()).device
+            self.remote.broadcast(self._weights(), version, tensors=tensors, device=device)
+            return
         if self._config.push == "weights":
             self.remote.update_weights(self._weights(), version)
             return
@@ -247,16 +266,18 @@ class WorkerSource:
 
     def _first(self, work: Callable[[], None]) -> None:
         """Runs `work` on the first process; if it fails, every process raises the same line."""
-        problem = ""
+        told: list[Any] = ["", RuntimeError]
         if self._job.accelerator.is_main_process:
             try:
                 work()
+            except BrokenPushError as error:
+                told = [str(error), BrokenPushError]
             except (RuntimeError, OSError, ValueError) as error:
-                problem = str(error)
-        told: list[Any] = [problem]
+                told = [str(error), RuntimeError]
         broadcast_object_list(told)
-        if told[0]:
-            raise RuntimeError(told[0])
+        problem, kind = told
+        if problem:
+            raise kind(problem)
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         return weights(self._policy, dtype=self.remote.dtype)
