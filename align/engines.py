@@ -27,7 +27,8 @@ from model import HybridForCausalLM
 from rollout.canary import Canary, check_sums, trainer_score
 from rollout.client import RemoteEngine
 from rollout.native.engine import NativeEngine
-from rollout.sync import adapter_config, adapter_weights, checksums, parts, weights
+from rollout.remote import BrokenPushError
+from rollout.sync import adapter_config, adapter_weights, checksums, outline, parts, weights
 from rollout.types import Completion, Engine
 from serving.keys import key_of
 
@@ -55,6 +56,9 @@ class RolloutConfig(BaseModel):
     folder: str = ""
     """Where weights are written for the workers, under the same path on all machines; empty is
     `weights` in the stage's folder."""
+    sync: Literal["files", "broadcast"] = "files"
+    """How weights reach the workers: through `folder`, or over a process group that the trainer
+    opens for each push, NCCL if all are on CUDA, else gloo (workers started with --broadcast)."""
     push: Literal["weights", "adapter"] = "weights"
     """What workers are sent: all weights, adapters merged, or the adapter to the policy that the
     stage started from, which they have opened."""
@@ -63,9 +67,9 @@ class RolloutConfig(BaseModel):
     max_staleness: int = Field(default=0, ge=0, le=1)
     """Rollouts that sampling may run ahead of training; 1 samples the next while one is trained."""
     canary_bound: float = Field(default=0.0, ge=0)
-    """Largest difference of a canary's log-probability in nats; 0 is the precision's own, and then
-    the native engine in the trainer is held to it in fp32 only: it has no weights of its own that
-    could be wrong, and in bf16 rounding may send a token to another expert."""
+    """Largest rms of a canary's log-probabilities against the trainer's, the two largest left out,
+    in nats; those may be 50 times that. 0 is the precision's own, which a model with distributions
+    far sharper than any that was trained may need wider in bf16."""
     deadline_s: float = Field(default=1800.0, gt=0)
     """Seconds without any answer of any worker after which the run fails."""
 
@@ -82,6 +86,12 @@ class RolloutConfig(BaseModel):
             raise ValueError(
                 f"rollout.{min(unused)} says something of workers, and rollout.workers is empty; "
                 "name them or remove it"
+            )
+        if self.sync == "broadcast" and (self.folder or self.push == "adapter"):
+            key = "folder" if self.folder else "push = adapter"
+            raise ValueError(
+                f"rollout.{key} is of files, and rollout.sync = broadcast; remove it, or set sync: "
+                "files"
             )
         if len({*self.workers}) != len(self.workers):
             raise ValueError(f"rollout.workers = {self.workers}, expected each once")
@@ -106,7 +116,6 @@ class OwnSource:
 
     Args:
         policy: the live model, possibly with adapters.
-        canary: None proves nothing.
         autocast: of the trainer's forward.
     """
 
@@ -115,12 +124,12 @@ class OwnSource:
         engine: NativeEngine,
         policy: Policy,
         *,
-        canary: Canary | None,
+        canary: Canary,
         autocast: torch.dtype | None,
     ) -> None:
         self.native = engine
         self._policy, self._autocast = policy, autocast
-        self._canary = canary
+        self._canary: Canary | None = canary
 
     @property
     def engine(self) -> Engine:
@@ -155,7 +164,7 @@ class CopySource:
     Args:
         policy: the live model, possibly with adapters, which are merged on the way.
         open_on: makes an engine of the copy.
-        canary: asked after every push; None leaves it at the checksums.
+        canary: asked after every push.
         autocast: of the trainer's forward.
     """
 
@@ -164,7 +173,7 @@ class CopySource:
         policy: Policy,
         open_on: Callable[[HybridForCausalLM], NativeEngine],
         *,
-        canary: Canary | None,
+        canary: Canary,
         autocast: torch.dtype | None,
     ) -> None:
         self._policy, self._open_on = policy, open_on
@@ -193,15 +202,14 @@ class CopySource:
         self.engine.update_weights(self._sent(sent), version)
         held = checksums(parts(self.engine.model))
         check_sums(sent, held, version=version, where="the copy")
-        if self._canary is not None:
-            prove(
-                self.engine,
-                self._policy,
-                self._canary,
-                version=version,
-                autocast=self._autocast,
-                sums=lambda: (sent, held),
-            )
+        prove(
+            self.engine,
+            self._policy,
+            self._canary,
+            version=version,
+            autocast=self._autocast,
+            sums=lambda: (sent, held),
+        )
         self._version = version
 
     @torch.no_grad()
@@ -259,11 +267,15 @@ class WorkerSource:
         """
         if version == self._version:
             return
-        accelerator = self._job.accelerator
-        if accelerator.num_processes == 1:
-            self._send(version)
-        else:
-            self._send_together(version)
+        is_alone = self._job.accelerator.num_processes == 1
+        # a broadcast that loses a worker on the way is made again for those left
+        for tries_left in reversed(range(len(self._config.workers) + 1)):
+            try:
+                (self._send if is_alone else self._send_together)(version)
+                break
+            except BrokenPushError:
+                if not tries_left:
+                    raise
         self._version = version
 
     def _send(self, version: int) -> None:
@@ -274,6 +286,11 @@ class WorkerSource:
 
     @torch.no_grad()
     def _push(self, version: int) -> None:
+        if self._config.sync == "broadcast":
+            tensors = outline(self._policy, dtype=self.remote.dtype)
+            device = next(self._policy.parameters()).device
+            self.remote.broadcast(self._weights(), version, tensors=tensors, device=device)
+            return
         if self._config.push == "weights":
             self.remote.update_weights(self._weights(), version)
             return
@@ -317,16 +334,18 @@ class WorkerSource:
 
     def _first(self, work: Callable[[], None]) -> None:
         """Runs `work` on the first process; if it fails, every process raises the same line."""
-        problem = ""
+        told: list[Any] = ["", RuntimeError]
         if self._job.accelerator.is_main_process:
             try:
                 work()
+            except BrokenPushError as error:
+                told = [str(error), BrokenPushError]
             except (RuntimeError, OSError, ValueError) as error:
-                problem = str(error)
-        told: list[Any] = [problem]
+                told = [str(error), RuntimeError]
         broadcast_object_list(told)
-        if told[0]:
-            raise RuntimeError(told[0])
+        problem, kind = told
+        if problem:
+            raise kind(problem)
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         return weights(self._policy, dtype=self.remote.dtype)
@@ -370,7 +389,6 @@ def open_source(
     open_on = partial(
         open_engine, max_concurrent=max_concurrent, max_tokens=max_tokens, autocast=autocast
     )
-    proven = canary if dtype == torch.float32 or config.canary_bound > 0 else None
     if is_shared:
-        return CopySource(policy, open_on, canary=proven, autocast=autocast)
-    return OwnSource(open_on(policy), policy, canary=proven, autocast=autocast)
+        return CopySource(policy, open_on, canary=canary, autocast=autocast)
+    return OwnSource(open_on(policy), policy, canary=canary, autocast=autocast)

@@ -22,7 +22,7 @@ def prove(
     autocast: torch.dtype | None,
     sums: Sums | None = None,
 ) -> float:
-    """Asks this process's engine and the trainer; gives the largest difference in nats of all.
+    """Asks this process's engine and the trainer; gives the largest rms of all, in nats.
 
     Every process scores every answer, for the forward of a shared model is a collective, and so all
     of them raise together.

@@ -5,7 +5,8 @@
     vllm_plugin/, vllm_backend.py
                   the same network in vLLM, and the same draws
     sync.py       weights from a trainer to an engine, and checksums to prove it
-    transport.py  the same over files and by broadcast
+    transport.py  the same over files
+    broadcast.py  the same over a process group, NCCL or gloo
     canary.py     the proof: log-probabilities of trainer and engine, token by token
     service.py    the worker: an engine behind HTTP; serving/ are its rooms, wire.py its forms
     client.py     several workers as one engine

@@ -1,8 +1,14 @@
 """The proof that an engine samples from the trainer's policy: the same numbers for the same tokens.
 
 A canary is a few prompts. The engine answers them through its ordinary door, prefill and decode;
-the trainer scores the answers with its own packed forward; the log-probabilities must agree token
-by token. What disagrees stops the run before a step is made of it, and checksums name the tensor.
+the trainer scores the answers with its own packed forward; the log-probabilities must agree. What
+disagrees stops the run before a step is made of it, and checksums name the tensor.
+
+    rms of all gaps but the two largest <= bound          largest gap <= 50 bound
+
+A fault of weights moves many tokens, rounding few and seldom: in bf16 it may send a token to
+another expert, and then that one log-probability differs by tenths of a nat or more. So two tokens
+count for nothing but the second bound.
 """
 
 from __future__ import annotations
@@ -19,9 +25,13 @@ from model import Packed
 from rollout.sync import difference
 from rollout.types import Completion, Engine, Request, Sampling
 
-# Largest difference of one token's log-probability, in nats, by the type that is multiplied in:
-# fp32 engines are within 1e-5 of the packed forward, and bf16 rounds logits of 8 by 0.03.
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+# Nats, by the type that is multiplied in. fp32 engines are within 1e-5 of the packed forward at
+# every token. bf16's own rounding gives an rms of 1.5e-2, nothing left out, and 0.23 at most (base
+# preset, benchmarks/results/rollout.md); 0.06 is four times that rms. Where planted faults lie:
+# benchmarks/results/canary.md.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.06}
+NUM_LEFT_OUT = 2
+LARGEST_IN_BOUNDS = 50.0
 LENGTHS = (3, 17, 70)
 
 Score = Callable[[Sequence[Completion]], Sequence[Sequence[float]]]
@@ -39,7 +49,7 @@ class Canary:
     Args:
         prompts: token ids.
         num_tokens: sampled to each prompt.
-        bound: largest difference of a log-probability, in nats.
+        bound: of the rms of all gaps but the two largest, in nats; those are held to 50 of it.
 
     Example:
         >>> [len(prompt) for prompt in Canary.of(100).prompts]
@@ -47,7 +57,7 @@ class Canary:
     """
 
     prompts: tuple[tuple[int, ...], ...]
-    num_tokens: int = 16
+    num_tokens: int = 32
     bound: float = BOUNDS[torch.float32]
 
     @classmethod
@@ -56,7 +66,7 @@ class Canary:
         vocabulary: int,
         *,
         lengths: Sequence[int] = LENGTHS,
-        num_tokens: int = 16,
+        num_tokens: int = 32,
         dtype: torch.dtype = torch.float32,
         bound: float = 0.0,
         max_tokens: int = 0,
@@ -85,7 +95,7 @@ class Canary:
         sums: Sums | None = None,
         where: str = "engine",
     ) -> float:
-        """Asks the engine and the trainer; gives the largest difference in nats.
+        """Asks the engine and the trainer; gives the rms that is held to the bound, in nats.
 
         Args:
             score: log-probabilities of the tokens of completions under the trainer's policy, as
@@ -95,7 +105,7 @@ class Canary:
             where: names the engine in messages.
 
         Raises:
-            ProofError: if the version is another, or the numbers differ by more than the bound.
+            ProofError: if the version is another, or the numbers differ by more than the bounds.
         """
         done = self.ask(engine, version=version, where=where)
         return self.compare(done, score(done), version=version, sums=sums, where=where)
@@ -129,26 +139,36 @@ class Canary:
         sums: Sums | None = None,
         where: str = "engine",
     ) -> float:
-        """Holds the engine's numbers against the trainer's; gives the largest difference in nats.
+        """Holds the engine's numbers against the trainer's; gives the rms, in nats, as `check`.
 
         Raises:
-            ProofError: if it is more than the bound.
+            ProofError: if it or the largest difference is more than its bound.
         """
-        worst, at = 0.0, ""
-        for completion, row in zip(done, scored, strict=True):
-            for place, (here, there) in enumerate(zip(row, completion.logprobs, strict=True)):
-                gap = abs(here - there)
-                gap = math.inf if math.isnan(gap) else gap
-                if gap > worst:
-                    worst = gap
-                    at = f"{there:.6f} / {here:.6f} at token {place} of {completion.request_id!r}"
-        if worst > self.bound:
-            raise ProofError(
-                f"{where}: log-probabilities of the canary differ from the trainer's by "
-                f"{worst:.3g} nats at version {version}, expected at most {self.bound:g} "
-                f"(engine / trainer: {at}); {_culprit(sums)}"
-            )
-        return worst
+        gaps = [
+            (_gap(here, there), f"{there:.6f} / {here:.6f} at token {place} of {one.request_id!r}")
+            for one, row in zip(done, scored, strict=True)
+            for place, (here, there) in enumerate(zip(row, one.logprobs, strict=True))
+        ]
+        gaps.sort(reverse=True)
+        counted = [gap for gap, _ in gaps[NUM_LEFT_OUT:]]
+        rms = math.sqrt(math.fsum(gap * gap for gap in counted) / max(len(counted), 1))
+        largest, at = gaps[0]
+        for value, bound, what in (
+            (rms, self.bound, f"nats (rms without the {NUM_LEFT_OUT} largest)"),
+            (largest, LARGEST_IN_BOUNDS * self.bound, "nats at one token"),
+        ):
+            if value > bound:
+                raise ProofError(
+                    f"{where}: log-probabilities of the canary differ from the trainer's by "
+                    f"{value:.3g} {what} at version {version}, expected at most {bound:g} "
+                    f"(engine / trainer, the largest: {at}); {_culprit(sums)}"
+                )
+        return rms
+
+
+def _gap(here: float, there: float) -> float:
+    gap = abs(here - there)
+    return math.inf if math.isnan(gap) else gap
 
 
 def _culprit(sums: Sums | None) -> str:

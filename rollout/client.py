@@ -22,8 +22,10 @@ import httpx
 import torch
 from torch import Tensor
 
+from rollout.broadcast import forms
 from rollout.calls import Call
 from rollout.canary import ProofError
+from rollout.meeting import Announced, broadcast
 from rollout.remote import BusyError, GoneError, Pushed, RemoteWorker
 from rollout.sync import Stream
 from rollout.transport import read_push, write_weights
@@ -78,7 +80,7 @@ class RemoteEngine:
         self.policy_version = 0
         self._folder = folder
         self._num_connections = num_connections
-        self._deadline_s = deadline_s
+        self._deadline_s, self._stall_s = deadline_s, stall_s
         self._pushed: Pushed | None = None
         self._calls: set[Call] = set()
         self._is_closed = False
@@ -142,6 +144,41 @@ class RemoteEngine:
         )
         self.expect(path, version, expected)
         self.admit()
+
+    def broadcast(
+        self,
+        stream: Stream,
+        version: int,
+        *,
+        tensors: Sequence[tuple[str, torch.Size, torch.dtype]],
+        device: torch.device,
+    ) -> None:
+        """Sends every worker that answers new weights over a process group, without a folder.
+
+        A worker that is gone, or comes back, takes part again at the next push.
+
+        Args:
+            stream: in `self.dtype`; read to its end whatever happens, for reading it may be a
+                collective.
+            tensors: what it will be, as `rollout.sync.outline` gives it.
+            device: of the stream: where it and all workers are on CUDA, NCCL sends, else gloo.
+
+        Raises:
+            ProofError: if a worker refuses them, or holds anything else than what was sent.
+            BrokenPushError: if a worker was lost on the way; the others take a whole push again.
+            RuntimeError: if no worker answers within the deadline.
+        """
+        self._pushed, self.policy_version = None, version
+        for worker in self._workers:
+            worker.is_ready = False
+        announced, source = Announced(forms(tensors), version, device, self._stall_s), iter(stream)
+        try:
+            self._pushed = broadcast(self._workers, source, announced, deadline_s=self._deadline_s)
+        finally:
+            for _ in source:
+                pass
+        if self._pushed is None:
+            raise self._nobody()
 
     def follow(self, version: int) -> None:
         """Takes part in what another process pushed and proved.
@@ -310,7 +347,7 @@ class RemoteEngine:
         if self._pushed is None:
             raise RuntimeError(f"{worker.url}: nothing was pushed from here; ask who pushed")
         try:
-            return self._pushed.expected, worker.checksums()
+            return self._pushed.expected, worker.told().checksums
         except GoneError as error:
             raise RuntimeError(str(error)) from error
 

@@ -13,6 +13,7 @@ import httpx
 from rollout.canary import ProofError, check_sums
 from rollout.types import Completion, Request
 from rollout.wire import (
+    BroadcastRequest,
     ErrorResponse,
     GenerateRequest,
     GenerateResponse,
@@ -31,11 +32,15 @@ class BusyError(Exception):
     """A worker that has no room for now."""
 
 
+class BrokenPushError(RuntimeError):
+    """A broadcast that lost a member on the way; those left can be sent it again, whole."""
+
+
 @dataclass(frozen=True)
 class Pushed:
-    """What workers have to hold."""
+    """What workers have to hold; None is no folder, after a broadcast."""
 
-    path: Path
+    path: Path | None
     version: int
     expected: Mapping[str, str]
 
@@ -69,13 +74,37 @@ class RemoteWorker:
 
         Raises:
             ProofError: if it holds anything else.
+            GoneError: if it does not answer, or does not hold what cannot be sent again.
+        """
+        if pushed.path is None:
+            try:
+                return self.check(pushed, self.told())
+            except ProofError as error:
+                raise GoneError(f"{error}; it takes part again at the next push") from error
+        asked = PushRequest(path=str(pushed.path), version=pushed.version)
+        self.check(pushed, self._send("/v1/weights", asked))
+
+    def receive(self, asked: BroadcastRequest) -> WeightsTold:
+        """Has it join a process group and take the weights that are sent there.
+
+        Raises:
+            ProofError: if it refuses or breaks off.
             GoneError: if it does not answer.
         """
-        asked = PushRequest(path=str(pushed.path), version=pushed.version)
-        answer = self._ask("POST", "/v1/weights", asked.model_dump_json().encode())
+        return self._send("/v1/weights/broadcast", asked)
+
+    def _send(self, path: str, asked: PushRequest | BroadcastRequest) -> WeightsTold:
+        answer = self._ask("POST", path, asked.model_dump_json().encode())
         if answer.status_code != 200:
             raise ProofError(f"{self.url}: {self._refusal(answer)}")
-        told = self._read(WeightsTold, answer)
+        return self._read(WeightsTold, answer)
+
+    def check(self, pushed: Pushed, told: WeightsTold) -> None:
+        """Compares what it says that it holds.
+
+        Raises:
+            ProofError: if that is anything else than what was pushed.
+        """
         if told.version != pushed.version:
             raise ProofError(
                 f"{self.url}: holds version {told.version}, pushed was {pushed.version}; its "
@@ -83,13 +112,13 @@ class RemoteWorker:
             )
         check_sums(pushed.expected, told.checksums, version=pushed.version, where=self.url)
 
-    def checksums(self) -> Mapping[str, str]:
-        """Of what it holds right now.
+    def told(self) -> WeightsTold:
+        """What it holds right now.
 
         Raises:
             GoneError: if it does not answer.
         """
-        return self._read(WeightsTold, self._ask("GET", "/v1/weights")).checksums
+        return self._read(WeightsTold, self._ask("GET", "/v1/weights"))
 
     def samples(self, request: Request, *, key: str, policy_version: int) -> list[Completion]:
         """Samples of one request, the same however often they are asked for under `key`.

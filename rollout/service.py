@@ -9,6 +9,7 @@
     DELETE /v1/generate/ID     ends it
     GET  /v1/weights           what is held, a checksum a tensor
     POST /v1/weights           new weights or a new adapter, proven before they are used
+    POST /v1/weights/broadcast the same from a trainer's process group
 
 A request is answered as it was asked or refused in one line; an asker who leaves gives back his
 slots. The rooms behind it: `serving.door` refuses, `rollout.serving.driver` owns the engine,
@@ -31,6 +32,7 @@ from fastapi.responses import StreamingResponse
 from rollout.serving.openai import Answer
 from rollout.serving.worker import RefusedError, Worker
 from rollout.wire import (
+    BroadcastRequest,
     ChatRequest,
     CompletionRequest,
     ErrorDetail,
@@ -45,7 +47,7 @@ from serving.server import config_of
 
 PATHS = (
     *("/v1/completions", "/v1/chat/completions", "/v1/generate"),
-    *("/v1/models", "/v1/weights"),
+    *("/v1/models", "/v1/weights", "/v1/weights/broadcast"),
 )
 SHOWN_ERRORS = 3
 LINGER_S = 10.0
@@ -198,6 +200,11 @@ def _add_trainers(app: FastAPI, worker: Worker) -> None:
     async def push(asked: PushRequest) -> Response:
         """Takes new weights."""
         return Response((await worker.push(asked)).model_dump_json(), media_type=JSON)
+
+    @app.post("/v1/weights/broadcast")
+    async def receive(asked: BroadcastRequest) -> Response:
+        """Joins a trainer's process group and takes the weights that it sends."""
+        return Response((await worker.receive(asked)).model_dump_json(), media_type=JSON)
 
 
 def _add_watching(app: FastAPI, worker: Worker) -> None:

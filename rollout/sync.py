@@ -46,17 +46,48 @@ def weights(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iterator[t
         ['weight', 'bias']
     """
     plain = _plain(model)
-    adapted: dict[str, BaseTunerLayer] = {}
-    for name, module in plain.named_modules():
-        is_inside = any(name.startswith(f"{outer}.") for outer in adapted)
-        if isinstance(module, BaseTunerLayer) and not is_inside:
-            adapted[name] = module
+    adapted = _adapted(plain)
     for name, tensor in plain.state_dict().items():
         if not any(name.startswith(f"{outer}.") for outer in adapted):
             yield name, _whole(tensor, dtype)
     for outer, layer in adapted.items():
         for name, tensor in _merged(_whole_layer(layer, dtype)).state_dict().items():
             yield f"{outer}.{name}", _whole(tensor, dtype)
+
+
+def outline(
+    model: nn.Module, *, dtype: torch.dtype | None = None
+) -> list[tuple[str, torch.Size, torch.dtype]]:
+    """Name, shape and type of each tensor that `weights` will give, in order; gathers nothing.
+
+    Example:
+        >>> outline(nn.Linear(2, 1))[1]
+        ('bias', torch.Size([1]), torch.float32)
+    """
+    plain = _plain(model)
+    adapted = _adapted(plain)
+    found = {
+        name: tensor
+        for name, tensor in plain.state_dict().items()
+        if not any(name.startswith(f"{outer}.") for outer in adapted)
+    }
+    for outer, layer in adapted.items():
+        inside = _base(layer).state_dict().items()
+        found |= {f"{outer}.{name}": tensor for name, tensor in inside}
+    return [
+        (name, t.shape, dtype if dtype is not None and t.is_floating_point() else t.dtype)
+        for name, t in found.items()
+    ]
+
+
+def _adapted(plain: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The outermost wrappers of adapters by name."""
+    found: dict[str, BaseTunerLayer] = {}
+    for name, module in plain.named_modules():
+        is_inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, BaseTunerLayer) and not is_inside:
+            found[name] = module
+    return found
 
 
 def parts(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -138,6 +169,12 @@ def _merged(layer: Any) -> nn.Module:
     return cast(nn.Module, layer)
 
 
+def _base(layer: Any) -> nn.Module:
+    while isinstance(layer, BaseTunerLayer):
+        layer = cast(Any, layer).base_layer
+    return cast(nn.Module, layer)
+
+
 @torch.no_grad()
 def copy_weights(model: nn.Module, stream: Stream) -> None:
     """Copies a stream into a model's weights in place, by name and completely.
@@ -163,19 +200,38 @@ def copy_tensors(targets: Mapping[str, Tensor], stream: Stream) -> None:
     """
     seen: set[int] = set()
     for name, tensor in stream:
-        if name not in targets:
-            raise ValueError(
-                f"weight {name!r} is unexpected: the model has {len(targets)} tensors, none of "
-                "this name; stream the weights of the same architecture, adapters merged"
-            )
-        target = targets[name]
-        if target.shape != tensor.shape:
-            raise ValueError(
-                f"weight {name!r} has shape {tuple(tensor.shape)}, the model's is "
-                f"{tuple(target.shape)}; stream the weights of the same config"
-            )
+        target = _target(targets, name, tensor.shape)
         target.copy_(tensor)
         seen.add(target.data_ptr())
+    _check_complete(targets, seen)
+
+
+def check_fit(model: nn.Module, stream: Iterable[tuple[str, torch.Size]]) -> None:
+    """Whether a stream of these names and shapes would be copied whole, before it is.
+
+    Raises:
+        ValueError: as `copy_weights`.
+    """
+    targets = model.state_dict()
+    seen = {_target(targets, name, shape).data_ptr() for name, shape in stream}
+    _check_complete(targets, seen)
+
+
+def _target(targets: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    if name not in targets:
+        raise ValueError(
+            f"weight {name!r} is unexpected: the model has {len(targets)} tensors, none of "
+            "this name; stream the weights of the same architecture, adapters merged"
+        )
+    if targets[name].shape != shape:
+        raise ValueError(
+            f"weight {name!r} has shape {tuple(shape)}, the model's is "
+            f"{tuple(targets[name].shape)}; stream the weights of the same config"
+        )
+    return targets[name]
+
+
+def _check_complete(targets: Mapping[str, Tensor], seen: set[int]) -> None:
     missing = [name for name, target in targets.items() if target.data_ptr() not in seen]
     if missing:
         raise ValueError(

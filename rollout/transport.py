@@ -1,4 +1,4 @@
-"""Ways for a stream of weights between processes: files, and a broadcast over gloo or NCCL.
+"""A stream of weights between processes by way of files; `broadcast.py` is the other way.
 
     version-00000007/
         weights-00001.safetensors    shards of bounded size
@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,7 +27,6 @@ PUSH = "push.json"
 PREFIX = "version-"
 TEMPORARY = ".writing-"
 SHARD_BYTES = 4 << 30
-BUCKET_BYTES = 256 << 20
 
 Holds = Literal["weights", "adapter"]
 
@@ -149,56 +146,3 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with opened as tensors:
             for name in (name for name, where in push.files.items() if where == file):
                 yield name, tensors.get_tensor(name)
-
-
-def send_weights(
-    stream: Stream, *, group: dist.ProcessGroup | None = None, bucket_bytes: int = BUCKET_BYTES
-) -> dict[str, str]:
-    """Broadcasts a stream from this rank to all others of the group; gives what was sent.
-
-    Tensors travel as bytes in buckets, each after a header that says what is in it, so receivers
-    need to know nothing before. Tensors must be where the group's backend reaches them.
-
-    Args:
-        group: of which this is rank 0; None is the world.
-        bucket_bytes: sent at once; a larger tensor is a bucket of its own.
-    """
-    sums: dict[str, str] = {}
-    bucket: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in stream:
-        if bucket and size + tensor.nbytes > bucket_bytes:
-            _send(bucket, group)
-            bucket, size = [], 0
-        sums |= checksums([(name, tensor)])
-        bucket.append((name, tensor.detach()))
-        size += tensor.nbytes
-    if bucket:
-        _send(bucket, group)
-    dist.broadcast_object_list([None], group_src=0, group=group)
-    return sums
-
-
-def _send(bucket: list[tuple[str, Tensor]], group: dist.ProcessGroup | None) -> None:
-    header = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in bucket]
-    dist.broadcast_object_list([header], group_src=0, group=group)
-    flat = torch.cat([t.contiguous().view(-1).view(torch.uint8) for _, t in bucket])
-    dist.broadcast(flat, group_src=0, group=group)
-
-
-def receive_weights(
-    *, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
-) -> Iterator[tuple[str, Tensor]]:
-    """The stream that rank 0 of the group sends; to be read to its end, or all ranks wait."""
-    while True:
-        told: list[Any] = [None]
-        dist.broadcast_object_list(told, group_src=0, group=group)
-        if told[0] is None:
-            return
-        sizes = [dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in told[0]]
-        flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        dist.broadcast(flat, group_src=0, group=group)
-        for (name, dtype, shape), piece in zip(told[0], flat.split(sizes), strict=True):
-            # a copy where the piece does not start at a multiple of the type's size
-            aligned = piece if piece.storage_offset() % dtype.itemsize == 0 else piece.clone()
-            yield name, aligned.view(dtype).view(shape)

@@ -2,6 +2,7 @@
 
     POST /v1/generate          GenerateRequest -> GenerateResponse     exact, for trainers
     POST /v1/weights           PushRequest -> WeightsTold              new weights, proven
+    POST /v1/weights/broadcast BroadcastRequest -> WeightsTold         the same from a process group
     POST /v1/completions       CompletionRequest                       OpenAI's, for everybody
     POST /v1/chat/completions  ChatRequest                             OpenAI's, for everybody
 
@@ -12,6 +13,7 @@ the engine does not know, unless they ask for nothing.
 from __future__ import annotations
 
 import base64
+import math
 from typing import Annotated, Any, Literal
 
 import torch
@@ -158,6 +160,37 @@ class PushRequest(_Strict):
     """What the folder has to say of itself."""
 
 
+class TensorForm(_Strict):
+    """One tensor of an announced stream."""
+
+    name: str
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8"]
+
+    @property
+    def num_bytes(self) -> int:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return math.prod(self.shape) * dtype.itemsize
+
+
+class BroadcastRequest(_Strict):
+    """New weights by torch.distributed: where to meet, and what will come, in order."""
+
+    version: int = Field(ge=0)
+    host: str
+    port: int = Field(ge=1, le=65535)
+    """Of the trainer's TCPStore."""
+    rank: int = Field(ge=1)
+    world_size: int = Field(ge=2)
+    """Members of the group, the trainer with them; it is rank 0."""
+    backend: Literal["nccl", "gloo"]
+    bucket_bytes: int = Field(ge=1)
+    """Sent at once, if no tensor is larger."""
+    timeout_s: float = Field(gt=0)
+    """Longest that a member waits for the others."""
+    tensors: tuple[TensorForm, ...] = Field(min_length=1)
+
+
 class WeightsTold(_Strict):
     """What a worker holds."""
 
@@ -176,6 +209,8 @@ class Health(_Strict):
     policy_version: int
     dtype: str
     """Type of the weights, such as float32: what a trainer rounds to before it sends."""
+    device: str
+    """Kind of device that holds them: cuda or cpu."""
     num_samples: int
     """Queued or live."""
     max_samples: int

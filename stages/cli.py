@@ -282,6 +282,9 @@ def serve_rollout(
     weights_root: Annotated[
         Path | None, typer.Option(help="Take new weights from folders below this one.")
     ] = None,
+    broadcast: Annotated[
+        bool, typer.Option("--broadcast", help="Take new weights from trainers' process groups.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest prompt and response.")] = 8192,
     max_slots: Annotated[int, typer.Option(min=1, help="Samples decoded at once.")] = 64,
     max_cache_tokens: Annotated[
@@ -316,6 +319,7 @@ def serve_rollout(
             ),
             api_key=key_of(api_key_env, "--api-key-env"),
             weights_root=weights_root,
+            broadcasts=broadcast,
             dtype=torch.bfloat16 if bf16 else torch.float32,
             say=lambda line: typer.echo(line, err=True),
         )

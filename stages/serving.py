@@ -107,6 +107,7 @@ def serve_rollout(
     room: Room,
     api_key: str,
     weights_root: Path | None,
+    broadcasts: bool,
     dtype: torch.dtype,
     say: Callable[[str], None],
 ) -> None:
@@ -116,7 +117,8 @@ def serve_rollout(
         port: 0 takes a free one.
         name: of the model, for clients; "" takes the folder's.
         api_key: that clients have to send; "" asks for none.
-        weights_root: new weights come from folders below it; None takes none.
+        weights_root: new weights come from folders below it; None takes none from there.
+        broadcasts: whether they come from trainers' process groups too.
         dtype: of the weights.
         say: told the address once clients can connect.
 
@@ -145,6 +147,7 @@ def serve_rollout(
         render=lambda messages: _rendered(messages, tokenizer),
         stop_token_ids=(end_of_turn(tokenizer),),
         weights_root=weights_root,
+        broadcasts=broadcasts,
         max_samples=room.max_samples,
         max_body_bytes=room.max_body_bytes,
         api_key=api_key,

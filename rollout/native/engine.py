@@ -100,7 +100,8 @@ class NativeEngine:
         ):
             if value < least:
                 raise ValueError(f"NativeEngine.{name} = {value}, expected >= {least}")
-        if max_prefixes and not _is_border(prefix_tokens, page_tokens, prefill_tokens):
+        is_border = 0 < prefix_tokens <= prefill_tokens and prefix_tokens % page_tokens == 0
+        if max_prefixes and not is_border:
             raise ValueError(
                 f"NativeEngine.prefix_tokens = {prefix_tokens}, expected a multiple of page_tokens "
                 f"= {page_tokens}, at most prefill_tokens = {prefill_tokens}"
@@ -150,7 +151,6 @@ class NativeEngine:
         limits, cache = self.limits, None if self._runner is None else self._runner.cache
         return Stats(
             num_live=len(self._plan.live),
-            num_paused=len(self._plan.swapped),
             num_pauses=self._plan.num_pauses,
             num_prefix_tokens=self._prefixes.num_hit_tokens,
             num_free_slots=limits.num_slots if cache is None else cache.num_free_slots,
@@ -397,7 +397,3 @@ class NativeEngine:
                 f"request {request.request_id!r}: stop_strings = "
                 f"{request.sampling.stop_strings} need text; give the engine `decode`"
             )
-
-
-def _is_border(prefix_tokens: int, page_tokens: int, prefill_tokens: int) -> bool:
-    return 0 < prefix_tokens <= prefill_tokens and prefix_tokens % page_tokens == 0

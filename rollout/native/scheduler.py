@@ -62,14 +62,13 @@ class Stats:
     """State of an engine.
 
     Args:
-        num_live, num_paused: samples decoding, and those that wait on the host for pages.
+        num_live: samples decoding.
         num_pauses: since the engine was made.
         num_prefix_tokens: prompt tokens that were not prefilled because they were known.
         num_free_slots, num_free_pages: of the cache.
     """
 
     num_live: int
-    num_paused: int
     num_pauses: int
     num_prefix_tokens: int
     num_free_slots: int

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel
 
+from rollout.broadcast import joined
 from rollout.canary import check_sums
 from rollout.native.engine import NativeEngine
-from rollout.sync import adapter_weights, checksums, copy_tensors, parts
+from rollout.sync import adapter_weights, check_fit, checksums, copy_tensors, parts
 from rollout.transport import Push, read_push, read_weights
-from rollout.wire import WeightsTold
+from rollout.wire import BroadcastRequest, WeightsTold
 
 
 class Holder:
@@ -18,11 +21,15 @@ class Holder:
 
     Args:
         engine: whose model is changed in place.
-        root: pushes come from folders below it; None refuses all.
+        root: pushes come from folders below it; None refuses them.
+        broadcasts: whether they come from process groups too.
     """
 
-    def __init__(self, engine: NativeEngine, root: Path | None = None) -> None:
+    def __init__(
+        self, engine: NativeEngine, root: Path | None = None, *, broadcasts: bool = False
+    ) -> None:
         self._engine = engine
+        self._broadcasts = broadcasts
         self._root = None if root is None else root.resolve()
         self._adapter: dict[str, object] | None = None
         self.fault = ""
@@ -36,6 +43,10 @@ class Holder:
     def dtype(self) -> str:
         """Type of the weights, such as float32."""
         return str(self._engine.model.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        return self._engine.model.device
 
     def told(self) -> WeightsTold:
         """What is held right now, read from the live tensors."""
@@ -56,19 +67,41 @@ class Holder:
             ProofError: if what is held is not what the folder says was sent.
         """
         push = self._read(path, version)
-        self.fault = (
-            f"the push of version {version} broke off, so the weights are of two versions; push "
-            "again"
-        )
+        self.fault = _broken_off(version)
         if push.holds == "adapter":
             self._attach(push)
             copy_tensors(adapter_weights(self._engine.model), read_weights(path))
             self._engine.policy_version = version
         else:
             self._engine.update_weights(read_weights(path), version)
+        return self._proven(push.checksums, version)
+
+    def receive(self, asked: BroadcastRequest) -> WeightsTold:
+        """Takes the weights that a trainer broadcasts, and proves that it holds them.
+
+        Raises:
+            ValueError: if this worker takes none, or they do not fit; nothing has changed.
+            RuntimeError: if the trainer cannot be reached, calls off, or the group breaks. If
+                tensors were changed by then, nothing is sampled until a push succeeds.
+            ProofError: if what is held is not what was sent.
+        """
+        if not self._broadcasts:
+            raise ValueError("this worker takes no broadcasts; start it with --broadcast")
+        if self._adapter is not None:
+            raise ValueError(
+                "a broadcast brings all weights, and this worker holds an adapter; push adapters, "
+                "or start the worker anew"
+            )
+        check_fit(self._engine.model, [(t.name, torch.Size(t.shape)) for t in asked.tensors])
+        with joined(asked, self.device) as (stream, sums):
+            self.fault = _broken_off(asked.version)
+            self._engine.update_weights(stream, asked.version)
+            return self._proven(sums(), asked.version)
+
+    def _proven(self, sent: Mapping[str, str], version: int) -> WeightsTold:
         told = self.told()
-        held = {name: told.checksums[name] for name in push.checksums if name in told.checksums}
-        check_sums(push.checksums, held, version=version, where="worker")
+        held = {name: told.checksums[name] for name in sent if name in told.checksums}
+        check_sums(sent, held, version=version, where="worker")
         self.fault = ""
         return told
 
@@ -110,3 +143,9 @@ class Holder:
                 f"the adapter's config is {told}, this worker's is {self._adapter}; start the "
                 "worker anew"
             )
+
+
+def _broken_off(version: int) -> str:
+    return (
+        f"the push of version {version} broke off, so the weights are of two versions; push again"
+    )

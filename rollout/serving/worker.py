@@ -16,6 +16,7 @@ from rollout.serving.text import Decode
 from rollout.serving.weights import Holder
 from rollout.types import Completion, Request, Sampling, Token
 from rollout.wire import (
+    BroadcastRequest,
     ChatMessage,
     ChatRequest,
     CompletionForm,
@@ -41,7 +42,8 @@ class Settings:
         encode, decode: between text and tokens; decode leaves special tokens out.
         render: a conversation as the tokens of a prompt; ValueError for one that is none.
         stop_token_ids: the model's own ends of a turn.
-        weights_root: pushes come from folders below it; None refuses all.
+        weights_root: pushes come from folders below it; None refuses them.
+        broadcasts: whether pushes come from a trainer's process group too.
         max_samples: queued or live at once.
         max_body_bytes: longest request body.
         api_key: "" lets everybody in.
@@ -55,6 +57,7 @@ class Settings:
     render: Render
     stop_token_ids: tuple[int, ...] = ()
     weights_root: Path | None = None
+    broadcasts: bool = False
     max_samples: int = 4096
     max_body_bytes: int = 64 << 20
     api_key: str = field(default="", repr=False)
@@ -81,7 +84,7 @@ class Worker:
     def __init__(self, engine: NativeEngine, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.holder = Holder(engine, settings.weights_root)
+        self.holder = Holder(engine, settings.weights_root, broadcasts=settings.broadcasts)
         self.driver = Driver(engine, max_samples=settings.max_samples, watch=self.metrics)
         self.metrics.read_state(
             {
@@ -104,6 +107,7 @@ class Worker:
             model=self.settings.model,
             policy_version=self.holder.version,
             dtype=self.holder.dtype,
+            device=self.holder.device.type,
             num_samples=self.driver.num_samples,
             max_samples=self.settings.max_samples,
         )
@@ -119,6 +123,14 @@ class Worker:
             RefusedError: if they are not what they should be.
         """
         return await self._between(lambda: self.holder.push(Path(asked.path), asked.version))
+
+    async def receive(self, asked: BroadcastRequest) -> WeightsTold:
+        """Takes new weights from a process group, between requests.
+
+        Raises:
+            RefusedError: if they do not come, or are not what they should be.
+        """
+        return await self._between(lambda: self.holder.receive(asked))
 
     async def _between(self, work: Callable[[], WeightsTold]) -> WeightsTold:
         try:

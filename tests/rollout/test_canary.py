@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from model import HybridForCausalLM
-from rollout.canary import Canary, ProofError, check_sums, trainer_score
+from rollout.canary import BOUNDS, Canary, ProofError, check_sums, trainer_score
 from rollout.native.engine import NativeEngine
 from rollout.sync import base_weights, checksums, parts, weights
+from rollout.types import Completion
 from tests.rollout.test_sync import make_model, with_adapters
 
 CANARY = Canary.of(32, num_tokens=8)
+BASE = Path(__file__).parents[2] / "stages" / "bases" / "tiny"
 
 
 def engine_of(model: HybridForCausalLM) -> NativeEngine:
@@ -138,3 +142,41 @@ def test_a_cast_for_the_engine_comes_after_the_merge():
     exact = dict(weights(trainer))
     for name, tensor in weights(engine.model):
         assert torch.equal(tensor, exact[name].bfloat16()), name
+
+
+def test_in_bf16_the_right_engine_passes_and_permuted_experts_are_caught():
+    trainer = HybridForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16).eval()
+    score = trainer_score(trainer)
+    canary = Canary.of(trainer.config.vocab_size, dtype=torch.bfloat16)
+    right = engine_of(trainer)
+    for version in range(3):
+        right.policy_version = version
+        # a third of the bound is what it keeps for rounding that is worse than here
+        assert canary.check(right, score, version=version) < BOUNDS[torch.bfloat16] / 3
+    for layer in (1, 2, 5, 6, 7):
+        held = copy.deepcopy(trainer)
+        experts = held.model.layers[layer].mlp.experts
+        with torch.no_grad():
+            for stack in (experts.gate_up_proj, experts.down_proj):
+                stack[[1, 2]] = stack[[2, 1]].clone()
+        with pytest.raises(ProofError, match=r"by \S+ nats"):
+            canary.check(engine_of(held), score, version=0)
+
+
+def compared(gaps: list[float]) -> float:
+    """What a canary in bf16 says of these differences."""
+    numbers = (-1.0,) * len(gaps)
+    done = Completion("c", 0, (1,), (2,) * len(gaps), numbers, numbers, numbers, "length", 0)
+    scored = [[-1.0 + gap for gap in gaps]]
+    return Canary.of(32, dtype=torch.bfloat16).compare([done], scored, version=0)
+
+
+def test_two_tokens_that_rounding_sent_elsewhere_stop_nothing_and_three_or_a_wild_one_do():
+    rounding = [0.015, -0.015] * 47
+    assert compared([*rounding, 1.5, -0.9]) == pytest.approx(0.015)
+    with pytest.raises(ProofError, match=r"by 0\.0935 nats \(rms without the 2 largest\)"):
+        compared([*rounding, 1.5, -0.9, 0.9])
+    with pytest.raises(ProofError, match=r"by 3\.5 nats at one token .* expected at most 3 "):
+        compared([*rounding, 3.5])
+    with pytest.raises(ProofError, match=r"by inf nats at one token"):
+        compared([*rounding, math.nan])

@@ -1,4 +1,4 @@
-"""Weights by file and by broadcast arrive bit for bit, or not at all."""
+"""Weights by file arrive bit for bit, or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 
 from align.lora import LoraConfig, apply_lora
@@ -19,8 +18,6 @@ from rollout.transport import (
     PUSH,
     read_push,
     read_weights,
-    receive_weights,
-    send_weights,
     write_weights,
 )
 from tests.model.parallel.world import world
@@ -67,27 +64,6 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path):
     (path / PUSH).write_text("{")
     with pytest.raises(ValueError, match=r"no whole push.json .*write_weights made"):
         read_push(path)
-
-
-def _broadcast(bucket_bytes: int) -> tuple[dict[str, str], dict[str, str]]:
-    """Rank 0 sends, rank 1 starts from other weights; what each says of them."""
-    model = make_model(dist.get_rank())
-    if dist.get_rank() == 0:
-        mixed = [*weights(model), ("flag", torch.ones(3, dtype=torch.uint8))]
-        return send_weights(mixed, bucket_bytes=bucket_bytes), checksums(mixed)
-    stream = dict(receive_weights())
-    found = checksums(stream.items())
-    stream.pop("flag")
-    copy_weights(model, stream.items())
-    return found, checksums(weights(model)) | {"flag": found["flag"]}
-
-
-@pytest.mark.multi
-@pytest.mark.parametrize("bucket_bytes", [1, 10_001, 1 << 30])
-def test_a_broadcast_brings_every_bit(tmp_path: Path, bucket_bytes: int):
-    told = world(2, _broadcast, bucket_bytes, tmp_path)
-    assert told[0] == told[1]
-    assert told[0][0] == told[0][1]
 
 
 def _gathered(kind: str) -> dict[str, str]:

@@ -44,12 +44,13 @@ from tests.align.trainers.test_grpo import ShareScorer, config, prompts
 
 torch.set_num_threads(1)
 folder, kill_at, sequence = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-kind, *workers = sys.argv[4:]
+kind, sync, *workers = sys.argv[4:]
+rollout = RolloutConfig(workers=workers, sync=sync) if workers else RolloutConfig()
 # 5 prompts in steps of 3: the second process has one of the first step and one of the second
 settings = config(
     max_steps=0, epochs=2, prompts_per_step=3, updates_per_rollout=2, scale="batch",
     optim=OptimConfig(lr=1e-3, schedule="constant"), save_every_steps=1,
-    parallel=ParallelConfig(sequence=sequence), rollout=RolloutConfig(workers=workers),
+    parallel=ParallelConfig(sequence=sequence), rollout=rollout,
     lora=LoraConfig(rank=2) if kind.endswith("lora") else None,
 )
 model, job = small.model(), small.job(folder)
@@ -84,6 +85,7 @@ def run(
     kill_at: int = -1,
     sequence: int = 1,
     kind: str = "whole",
+    sync: str = "files",
     workers: tuple[str, ...] = (),
 ) -> None:
     with socket.socket() as probe:
@@ -98,7 +100,7 @@ def run(
             more |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             more |= {"LOCAL_WORLD_SIZE": str(processes)}
         command = [sys.executable, "-c", SCRIPT, str(folder), str(kill_at), str(sequence)]
-        command += [kind, *workers]
+        command += [kind, sync, *workers]
         environment = {**os.environ, **more}
         started.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -129,11 +131,13 @@ def test_two_processes_that_shard_weights_learn_what_one_does(tmp_path: Path, ki
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("sequence", [1, 2])
-def test_two_processes_with_a_worker_learn_what_one_does_without(tmp_path: Path, sequence: int):
+@pytest.mark.parametrize(("sequence", "sync"), [(1, "files"), (2, "files"), (1, "broadcast")])
+def test_two_processes_with_a_worker_learn_what_one_does_without(
+    tmp_path: Path, sequence: int, sync: str
+):
     run(tmp_path / "1", 1)
-    with served(make_worker(small.model(), weights_root=tmp_path)) as live:
-        run(tmp_path / "2", 2, sequence=sequence, workers=(live.url,))
+    with served(make_worker(small.model(), weights_root=tmp_path, broadcasts=True)) as live:
+        run(tmp_path / "2", 2, sequence=sequence, sync=sync, workers=(live.url,))
     assert_same(tmp_path)
 
 

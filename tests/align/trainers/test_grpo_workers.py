@@ -45,6 +45,21 @@ def losses(folder: Path, settings: Any, policy: nn.Module) -> list[dict[str, flo
     return lines(folder)
 
 
+def test_steps_on_a_worker_that_is_broadcast_to_are_those_in_the_trainer(tmp_path: Path):
+    def policy() -> nn.Module:
+        return apply_lora(small.model(), LoraConfig(rank=2), seed=0)
+
+    native = losses(tmp_path / "native", config(max_steps=2), policy())
+    with served(make_worker(small.model(), broadcasts=True)) as live:
+        rollout = RolloutConfig(workers=(live.url,), sync="broadcast")
+        remote = losses(tmp_path / "remote", config(max_steps=2, rollout=rollout), policy())
+        assert live.worker.holder.version == 1
+    assert not (tmp_path / "remote" / "weights").exists()
+    for here, there in zip(native, remote, strict=True):
+        assert there["loss"] == pytest.approx(here["loss"], abs=1e-4)
+        assert there["ledger/correlation"] > 1 - 1e-9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("push", ["weights", "adapter"])
 def test_ten_steps_on_workers_are_ten_steps_in_the_trainer(tmp_path: Path, push: str):
@@ -152,6 +167,14 @@ def test_a_worker_that_changes_what_it_holds_stops_the_run_at_its_first_step(tmp
         ),
         ({"rollout": {"max_staleness": 1}}, "rollout.max_staleness says something of workers"),
         ({"rollout": {"workers": ("http://a", "http://a")}}, "expected each once"),
+        (
+            {"rollout": {"workers": ("http://a",), "sync": "broadcast", "push": "adapter"}},
+            "rollout.push = adapter is of files, and rollout.sync = broadcast",
+        ),
+        (
+            {"rollout": {"workers": ("http://a",), "sync": "broadcast", "folder": "w"}},
+            "rollout.folder is of files, and rollout.sync = broadcast",
+        ),
         ({"experts": "replay", "parallel": {"sequence": 2}}, "experts = replay with parallel.seq"),
     ],
 )
@@ -172,11 +195,13 @@ def test_an_adapter_needs_adapters_and_a_key_its_variable(tmp_path: Path):
 
 
 @contextmanager
-def worker_process(folder: Path, root: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def worker_process(
+    folder: Path, root: Path, *more: str
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ("--port", str(port), "--weights-root", str(root), "--max-slots", "4")
+    options = ("--port", str(port), "--weights-root", str(root), "--max-slots", "4", *more)
     command = [sys.executable, "-m", "stages", "serve-rollout", str(folder), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([*command, "--max-tokens", "512"], env=environment)
