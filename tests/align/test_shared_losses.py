@@ -6,7 +6,7 @@ Loss, every gradient and the final state of every document in every lightning la
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,6 +209,20 @@ def alone(case: Case, kind: str) -> Found:
     return Found(total, grads, states)
 
 
+def assert_gradients_close(
+    name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    """Each to 1e-5 of its own size; one that is 0 but for rounding, as of q where no document has
+    two tokens, has to be no more than rounding here as well."""
+    sizes = {key: float(grad.square().mean().sqrt()) for key, grad in expected.items()}
+    rounding = 1e-7 * max(sizes.values())
+    for key, grad in expected.items():
+        if sizes[key] > rounding:
+            assert_close(f"{name}: {key}", found[key], grad)
+        else:
+            assert found[key].square().mean().sqrt() <= 10 * rounding, f"{name}: {key}"
+
+
 def check(cases: Sequence[Case], ranks: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = world(ranks, on_ranks, cases, Path(folder))
@@ -222,8 +236,7 @@ def check(cases: Sequence[Case], ranks: int) -> None:
                 ended |= shared.states
                 assert_close(f"{name}: loss", shared.loss, one.loss)
                 assert shared.grads.keys() == one.grads.keys()
-                for key, grad in one.grads.items():
-                    assert_close(f"{name}: {key}", shared.grads[key], grad)
+                assert_gradients_close(name, shared.grads, one.grads)
             assert ended.keys() == one.states.keys()
             for key, state in one.states.items():
                 assert_close(f"{name}: state {key}", ended[key], state)
