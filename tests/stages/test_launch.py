@@ -38,8 +38,8 @@ def shrunk_demo() -> dict[str, Any]:
         else:
             stage |= {"max_steps": 3, "micro_sequences": 2}
         if "optim" in stage:
-            # The recipe begins with warmup. At its own rates the first three steps from the base are
-            # unstable: the loss rises, and 1e-7 of rounding grows with every stage.
+            # The recipe begins with warmup. At its own rates the first three steps from the base
+            # are unstable: the loss rises, and 1e-7 of rounding grows with every stage.
             stage["optim"] = {"lr": stage["optim"]["lr"] / 10, "schedule": "constant"}
     return recipe
 
