@@ -95,7 +95,7 @@ class _InBoxes(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
-        raise NotImplementedError(f"{func}: boxes are saved and loaded, not computed with")
+        raise TypeError(f"{func}: boxes are saved and loaded, not computed with")
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({tuple(self.shape)}, boxes at {[*self.boxes]})"
