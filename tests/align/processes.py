@@ -1,4 +1,7 @@
-"""A script on several gloo processes, as a launcher starts them."""
+"""A script on several processes, as a launcher starts them: over gloo, or NCCL on GPUs.
+
+TEST_DEVICE=cuda python -m pytest -m multi tests/align -k "two_processes and not killed"
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 
+from tests.align import small
 from tests.model.parallel.world import forkserver
 
 
@@ -23,6 +27,19 @@ def _run(script: str, arguments: Sequence[str], environment: dict[str, str], sai
     os.environ.update(environment)
     sys.argv = ["-c", *arguments]
     exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
+
+
+def environments(processes: int) -> list[dict[str, str]]:
+    """What a launcher tells each process; one alone has no group."""
+    shared = {"ACCELERATE_USE_CPU": "true"} if small.DEVICE == "cpu" else {}
+    if processes == 1:
+        return [shared]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def shard_weights(accelerator: Accelerator) -> None:
@@ -45,20 +62,12 @@ def launch(script: str, arguments: list[str], processes: int) -> list[str]:
     Processes are forked from one that has imported what scripts train with: importing it takes
     longer than all that they do.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"ACCELERATE_USE_CPU": "true"}
-    if processes > 1:
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     deadline = time.monotonic() + 240
     with tempfile.TemporaryDirectory() as folder:
         started: list[tuple[Any, Path]] = []
-        for rank in range(processes):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        for rank, environment in enumerate(environments(processes)):
             said = Path(folder) / str(rank)
-            given = (script, arguments, shared | own, said)
+            given = (script, arguments, environment, said)
             started.append((forkserver().Process(target=_run, args=given), said))
             started[-1][0].start()
         try:

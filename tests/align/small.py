@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from align.data.tokenizer import train_tokenizer
 from align.policy import save_policy
 from model import HybridForCausalLM, preset
 
+# cuda: tests of several processes meet over NCCL, a GPU for each
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 VOCAB = 280
 TEXTS = ["the cat sat on the mat and the hat"] * 4
 
@@ -79,5 +82,5 @@ def job(folder: Path, start: Path | None = None, **changes: Any) -> Job:
     }
     # not made beside another: accelerate keeps one device a process
     if "accelerator" not in changes:
-        given["accelerator"] = Accelerator(cpu=True)
+        given["accelerator"] = Accelerator(cpu=DEVICE == "cpu")
     return Job(**(given | changes))

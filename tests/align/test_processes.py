@@ -1,4 +1,4 @@
-"""Several gloo processes train what one process trains."""
+"""Several processes train what one process trains."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ kind, is_bf16 = kind.removesuffix("-bf16"), kind.endswith("-bf16")
 torch.set_num_threads(1)
 job = small.job(folder)
 accelerator = job.accelerator
-model = small.model()
+model = small.model().to(accelerator.device)
 if kind.startswith("fsdp") and accelerator.num_processes > 1:
     shard_weights(accelerator)
 ranks = accelerator.num_processes
@@ -54,7 +54,8 @@ elif kind in ("fsdp-experts", "fsdp-experts-dpo") and ranks > 1:
 elif kind == "experts-dpo":
     parallel = ParallelConfig(expert=min(ranks, 2), expert_tensor=2 if ranks == 4 else 1)
 is_sharded = kind.startswith("fsdp")
-parallelize(model, open_mesh(parallel, device_type="cpu", is_sharded=is_sharded), parallel)
+mesh = open_mesh(parallel, device_type=small.DEVICE, is_sharded=is_sharded)
+parallelize(model, mesh, parallel)
 optim = OptimConfig(lr=1e-2, clip_norm=0.5)
 if is_bf16:
     weights = {"lm": "bf16_stochastic", "fsdp": "bf16_master"}[kind]
@@ -140,7 +141,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 
 def results(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    return torch.load(folder / "final.pt"), lines(folder)
+    return torch.load(folder / "final.pt", map_location="cpu"), lines(folder)
 
 
 @pytest.mark.multi

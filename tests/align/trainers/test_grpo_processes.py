@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from tests.align import small
+from tests.align.processes import environments
 from tests.helpers import assert_close
 from tests.rollout.live import make_worker, served
 
@@ -53,10 +53,11 @@ settings = config(
     parallel=ParallelConfig(sequence=sequence), rollout=rollout,
     lora=LoraConfig(rank=2) if kind.endswith("lora") else None,
 )
-model, job = small.model(), small.job(folder)
+job = small.job(folder)
+model = small.model().to(job.accelerator.device)
 if kind.startswith("fsdp"):
     shard_weights(job.accelerator)
-parallelize(model, open_mesh(settings.parallel, device_type="cpu"), settings.parallel)
+parallelize(model, open_mesh(settings.parallel, device_type=small.DEVICE), settings.parallel)
 policy = adapted(model, settings, job)
 tools = Tools(small.tokenizer(), ShareScorer())
 
@@ -88,20 +89,12 @@ def run(
     sync: str = "files",
     workers: tuple[str, ...] = (),
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     folder.mkdir(exist_ok=True)
     started = []
-    for rank in range(processes):
-        more = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        if processes > 1:
-            more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank)}
-            more |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            more |= {"LOCAL_WORLD_SIZE": str(processes)}
+    for environment in environments(processes):
         command = [sys.executable, "-c", SCRIPT, str(folder), str(kill_at), str(sequence)]
         command += [kind, sync, *workers]
-        environment = {**os.environ, **more}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         started.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         )
@@ -112,7 +105,7 @@ def run(
 
 def results(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return torch.load(folder / "final.pt"), [json.loads(line) for line in lines]
+    return torch.load(folder / "final.pt", map_location="cpu"), [json.loads(line) for line in lines]
 
 
 @pytest.mark.multi
