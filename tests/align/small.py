@@ -83,4 +83,5 @@ def job(folder: Path, start: Path | None = None, **changes: Any) -> Job:
     # not made beside another: accelerate keeps one device a process
     if "accelerator" not in changes:
         given["accelerator"] = Accelerator(cpu=DEVICE == "cpu")
+        assert given["accelerator"].device.type == DEVICE
     return Job(**(given | changes))
