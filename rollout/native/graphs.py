@@ -34,17 +34,11 @@ def bucket(samples: int) -> int:
 
 
 class Graphs(Generic[T]):
-    """Captured steps by key; all of them share one pool of memory, since one runs at a time.
+    """Captured steps by key; all of them share one pool of memory, since one runs at a time."""
 
-    Args:
-        pool: that of others, which never run at once with these; None makes one.
-    """
-
-    def __init__(self, pool: tuple[int, int] | None = None) -> None:
+    def __init__(self) -> None:
         self._captured: dict[object, tuple[torch.cuda.CUDAGraph, T]] = {}
-        self.pool = pool
-        if pool is None and torch.cuda.is_available():
-            self.pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     def __contains__(self, key: object) -> bool:
         return key in self._captured
@@ -58,7 +52,7 @@ class Graphs(Generic[T]):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self._pool):
             out = step()
         self._captured[key] = graph, out
 

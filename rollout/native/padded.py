@@ -1,9 +1,9 @@
-"""A piece of one prompt padded to a bucket: its tensors stay where they are, as a decode batch's do.
+"""A piece of one prompt padded to a bucket: its tensors stay where they are, as a batch's do.
 
-A short prompt's kernels take the device a tenth of the time that the host needs to launch them. With
-few sizes of shape, each is a graph. The rows are those of a decode step: each token writes its key
-and value to the pages and then reads as many as it may see; rows behind the tokens belong to a
-slot that nobody reads. Only lightning layers must know that the tokens are one sequence.
+The device needs a tenth of the time in which the host launches a short prompt's kernels; of few
+shapes, each is a graph. The rows are those of a decode step: each token writes its key and value
+to the pages and then reads as many as it may see; rows behind the tokens belong to a slot that
+nobody reads. Only the lightning layers have to know that the tokens are one sequence.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Runner:
         self._pads = pads
         self._padded: dict[int, Padded] = {}
         self._graphs: Graphs[Out] = Graphs()
-        self._piece_graphs: Graphs[Last] = Graphs(self._graphs.pool)
+        self._piece_graphs: Graphs[Last] = Graphs()
         self._captured_for: tuple[object, ...] = ()
         self.rounded = int8_experts(model) if rounds_experts else []
 
@@ -100,20 +100,25 @@ class Runner:
         for one in self.rounded:
             one.refresh()
         if self._uses_graphs and (found := fingerprint(self.model)) != self._captured_for:
-            self._graphs, self._captured_for = Graphs(), found
-            self._piece_graphs = Graphs(self._graphs.pool)
+            self._graphs, self._piece_graphs, self._captured_for = Graphs(), Graphs(), found
 
     def prefill(self, pieces: Sequence[Piece], prefixes: Prefixes, budget: int) -> None:
         """Fills each group's root and notes the logits after its last prompt token."""
         for run in runs_of(pieces, 1 if self._goes_alone else budget):
-            buckets = [bucket_of(piece.begin, piece.end) for piece in run]
-            if self._pads and len(run) <= MAX_PIECES and None not in buckets:
+            if buckets := self._buckets(run):
                 for piece, rows in zip(run, buckets, strict=True):
                     self._prefill_padded(piece, rows)
             else:
                 self._prefill_packed(run)
             for piece in run:
                 prefixes.put(piece.group, piece.end, self.cache)
+
+    def _buckets(self, run: Sequence[Piece]) -> list[int]:
+        """Rows for each piece of a run that is padded; none for one that is packed."""
+        if not self._pads or len(run) > MAX_PIECES:
+            return []
+        found = [rows for p in run if (rows := bucket_of(p.begin, p.end)) is not None]
+        return found if len(found) == len(run) else []
 
     def _prefill_packed(self, run: Sequence[Piece]) -> None:
         tokens = torch.cat([p.group.tokens[p.begin : p.end] for p in run])

@@ -159,8 +159,8 @@ class Pass:
         out: Tensor | None = None,
         is_transposed: bool = False,
     ) -> Tensor:
-        """[T, H, D] in the dtype of v, written to `out` where given; the states are [D of v, D of k]
-        if transposed."""
+        """[T, H, D] in the dtype of v, `out` where given; the states are [D of v, D of k] if
+        transposed."""
         total, heads, size = q.shape
         if out is None:
             out = torch.empty((total, heads, size), dtype=v.dtype, device=v.device)

@@ -100,6 +100,13 @@ def test_the_same_tokens_are_drawn_as_without():
     assert [one.tokens for one in found[0]] == [one.tokens for one in found[1]]
 
 
+def test_a_cpu_pads_only_when_told_to():
+    engine = engine_of(buckets="cuda")
+    engine.generate([Request("a", (5, 6, 7), Sampling(max_new_tokens=2))])
+    assert engine._runner is not None
+    assert not engine._runner._padded
+
+
 def test_padding_has_no_experts():
     request = dataclasses.replace(requests_of(random.Random(5), 1)[0], return_experts=True)
     for one in engine_of(prefill_tokens=40).generate([request]):
