@@ -13,7 +13,8 @@ once, states read and written, keys and values read) over what a copy on the dev
                   against the same weights in fp32
     speed, int8   the table, with live and with int8 experts
     prefill       65,536 tokens; a group of 16 with 8,192 against 16 prompts of 8,192
-    short         one prompt alone: on the wall, its trunk alone, and that on the device
+    short         one prompt alone, padded to a bucket and not, in turns; beside it the bucket's
+                  graph and the plain trunk as the device runs them
     overlap       prefill and decode steps at once on two streams, and one after the other
     transformers  its `generate` at the same batches up to 32
 
@@ -39,6 +40,7 @@ from model import DecodeCache, HybridConfig, HybridForCausalLM, Packed
 from model.config import PRESETS, count_parameters, preset
 from rollout.native.engine import NativeEngine
 from rollout.native.graphs import bucket
+from rollout.native.padded import bucket_of
 from rollout.types import Completion, Request, Sampling
 
 BYTES_A_SECOND = 4.2e12
@@ -178,28 +180,35 @@ def prefill(model: HybridForCausalLM) -> None:
 
 @torch.no_grad()
 def short(model: HybridForCausalLM) -> None:
-    """What a bucket of padding could gain: the host launches a short prompt's kernels one by one,
-    and a graph, which needs fixed shapes, would launch them at once."""
-    engine = NativeEngine(model, max_slots=2, max_cache_tokens=4096)
-    for length in (32, 64, 128, 256, 512):
-        times, launches = [], []
+    """The host launches a short prompt's kernels one by one; a bucket's graph launches them at
+    once, of more rows."""
+    choices: tuple[Literal["cuda", "never"], ...] = ("cuda", "never")
+    engines = [NativeEngine(model, max_slots=2, max_cache_tokens=4096, buckets=c) for c in choices]
+    say(f"{'tokens':>6} {'padded ms':>22} {'plain ms':>22} {'graph':>6} {'trunk':>6}")
+    for length in (1, 17, 32, 64, 100, 128, 256, 512):
+        times: tuple[list[float], ...] = ([], [])
+        for seed in range(13):
+            given = requests_of(1, length, 1, seed=seed)
+            for engine, found in zip(engines, times, strict=True):
+                found.append(seconds(lambda e=engine, given=given: e.generate(given)) * 1e3)
+        # the first two compile and capture
+        walls = [
+            f"{statistics.median(found[2:]):.2f} ({min(found[2:]):.2f} to {max(found[2:]):.2f})"
+            for found in times
+        ]
+        runner, rows = engines[0]._runner, bucket_of(0, length)
+        assert runner is not None, "it has generated"
+        graph = median_ms(lambda r=runner, rows=rows: r._piece_graphs.replay((rows, False)))
         # random tokens: equal ones would all meet the same experts
         packed = Packed(
             torch.randint(32_000, (length,), device=DEVICE),
             torch.arange(length, device=DEVICE),
             (length,),
         )
-        for seed in range(9):
-            given = requests_of(1, length, 1, seed=seed)
-            times.append(seconds(lambda given=given: engine.generate(given)) * 1e3)
-            launches.append(seconds(lambda packed=packed: model.model.run(packed)) * 1e3)
-        kernels = median_ms(lambda packed=packed: model.model.run(packed), 5, pauses=40)
-        say(
-            f"prefill of {length:3d} tokens alone: {statistics.median(times[2:]):.2f} ms on the "
-            f"wall, of it the trunk {statistics.median(launches[2:]):.2f}; trunk on the device "
-            f"{kernels:.2f}"
-        )
-    engine.close()
+        trunk = median_ms(lambda packed=packed: model.model.run(packed), 5, pauses=40)
+        say(f"{length:6d} {walls[0]:>22} {walls[1]:>22} {graph:6.2f} {trunk:6.2f}")
+    for engine in engines:
+        engine.close()
 
 
 @torch.no_grad()
@@ -253,8 +262,18 @@ def exactness(model: HybridForCausalLM, **options: object) -> None:
     """RMS and largest difference in nats."""
     engine = NativeEngine(model, max_slots=24, max_cache_tokens=24 * 2048, **options)
     requests = [*requests_of(8, 300, 100, samples=2), *requests_of(4, 1500, 60, seed=1)]
-    done = engine.generate(requests)
+    together = engine.generate(requests)
+    # one by one these are padded
+    short = [requests_of(1, n, 20, seed=n) for n in (1, 17, 32, 33, 100, 128, 200, 257, 500)]
+    alone = [one for given in short for one in engine.generate(given)]
     engine.close()
+    for name, done in (("prompts together", together), ("short prompts one by one", alone)):
+        say(name)
+        compare(model, done)
+
+
+def compare(model: HybridForCausalLM, done: Sequence[Completion]) -> None:
+    """What an engine gave beside full forwards, in the model's dtype and in fp32."""
 
     def full() -> torch.Tensor:
         rows = []

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from model.config import HybridConfig
+from model.kernels.lightning.plan import FirstRows
 from model.packed import Packed, sent
-from model.step import CacheStep, DecodeStep, Snapshot
+from model.step import CacheStep, DecodeStep, PieceStep, Snapshot
 
 
 class DecodeCache(Cache):
@@ -234,17 +235,17 @@ class DecodeCache(Cache):
             is_fresh=not any(past),
         )
 
-    def begin_decode(self, slots: Sequence[int]) -> None:
-        """Makes room for one token in each of `slots`, in the device's table too.
+    def begin_decode(self, slots: Sequence[int], new_tokens: int = 1) -> None:
+        """Makes room for one token or more in each of `slots`, in the device's table too.
 
         Raises:
             RuntimeError: if too few pages are free; nothing has changed then.
         """
-        needy = self.needy(slots)
-        if len(needy) > len(self.free_pages):
-            self._check_room(needy, (1,) * len(needy))
+        needy = self.needy(slots) if new_tokens == 1 else slots
+        if new_tokens > 1 or len(needy) > len(self.free_pages):
+            self._check_room(needy, (new_tokens,) * len(needy))
         for slot in needy:
-            self._reserve(slot, 1)
+            self._reserve(slot, new_tokens)
         self._send_tables([slot for slot in slots if slot in self._unsent])
 
     def needy(self, slots: Sequence[int]) -> list[int]:
@@ -252,11 +253,13 @@ class DecodeCache(Cache):
         size, lengths, tables, users = self.page_tokens, self.lengths, self.tables, self.users
         return [s for s in slots if not lengths[s] % size or users[tables[s][-1]] > 1]
 
-    def decode_step(self, index: Tensor, lengths: Tensor) -> DecodeStep:
-        """A step of slots that `begin_decode` made room for; arguments as in `DecodeStep`."""
-        return DecodeStep(
-            self.states, self.pages, self.lightning, self.softmax, self.table, index, lengths
-        )
+    def decode_step(
+        self, index: Tensor, lengths: Tensor, count: Tensor | None = None
+    ) -> DecodeStep:
+        """A step of slots that `begin_decode` made room for; index and lengths as in `DecodeStep`,
+        count [1] of the rows' first slot as in `PieceStep`."""
+        at = self.states, self.pages, self.lightning, self.softmax, self.table, index, lengths
+        return DecodeStep(*at) if count is None else PieceStep(*at, FirstRows(index[:1], count))
 
     @cached_property
     def table(self) -> Tensor:
@@ -275,10 +278,10 @@ class DecodeCache(Cache):
         self.table[:, :most].index_copy_(0, index, sent(rows, device))
         self._unsent.difference_update(slots)
 
-    def count(self, slots: Sequence[int]) -> None:
-        """Counts one token of each slot as held, once every layer has seen it."""
+    def count(self, slots: Sequence[int], new_tokens: int = 1) -> None:
+        """Counts tokens of each slot as held, once every layer has seen them."""
         for slot in slots:
-            self.lengths[slot] += 1
+            self.lengths[slot] += new_tokens
 
     def _check_starts(self, slots: Sequence[int], packed: Packed) -> None:
         # on a device the comparison would make every decoding step wait for it

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from model.config import HybridConfig
-from model.kernels.lightning.op import lightning_attention, lightning_step
+from model.kernels.lightning.op import lightning_attention, lightning_piece, lightning_step
 from model.kernels.linear.op import Linear
 from model.kernels.qkv.op import silu_qkv
 from model.norm import GatedRMSNorm
 from model.packed import Packed
-from model.step import DecodeStep, Step
+from model.step import DecodeStep, PieceStep, Step
 
 Attended = tuple[Tensor, Tensor | None]
 Begin = Callable[..., Callable[[], Attended]]
@@ -87,7 +87,10 @@ class LightningAttention(nn.Module):
         slopes = decay_slopes(self.heads, self.layer, self.num_layers, q.device)
         if isinstance(cache, DecodeStep):
             states = cache.states[cache.lightning[self.layer]]
-            out = lightning_step(q, k, v, slopes, states, cache.index)
+            if isinstance(cache, PieceStep):
+                out = lightning_piece(q, k, v, slopes, states, cache.rows)
+            else:
+                out = lightning_step(q, k, v, slopes, states, cache.index)
             return self.out_proj(self.norm(out.flatten(1), self.output_gate(x)))
         state = None if cache is None else cache.state(self.layer)
         attended = self.begin(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model.kernels.lightning.plan import FirstRows
+
 if TYPE_CHECKING:
     from model.cache import DecodeCache
 
@@ -99,6 +101,20 @@ class DecodeStep:
         size, place = self.pages.shape[3], self.lengths - 1
         page = self.table[self.index, place // size]
         _write(self.pages[self.softmax[layer]], page.long() * size + place % size, k, v)
+
+
+@dataclass(frozen=True)
+class PieceStep(DecodeStep):
+    """New tokens of one slot, one behind the other, and rows that only fill a fixed shape.
+
+    Rows are as in `DecodeStep`: each token is written before any is read, and reads as many as its
+    own `lengths` says, so it sees those before it and none behind.
+
+    Args:
+        rows: which of them are tokens.
+    """
+
+    rows: FirstRows
 
 
 Step = CacheStep | DecodeStep

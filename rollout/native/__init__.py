@@ -6,7 +6,8 @@ sequence.py    a request on its way, and each of its samples
 prefix.py      prompts that begin alike
 turn.py        the device's part: prefill, first tokens, decode
 batch.py       a decode batch whose tensors stay where they are
-graphs.py      its steps as CUDA graphs
+padded.py      a piece of a prompt padded to a bucket, likewise
+graphs.py      both as CUDA graphs
 sampler.py     from logits to tokens
 int8.py        rounded experts
 """

@@ -49,6 +49,9 @@ class NativeEngine:
         prefix_tokens: distance of the borders at which they are, a multiple of page_tokens; with
             max_prefixes = 0 it does nothing.
         graphs: whether decode steps are CUDA graphs; nothing on a CPU.
+        buckets: whether pieces of prompts of up to 512 tokens, where they are few, are padded to
+            32, 64, 128, 256 or 512 rows each, a graph each too. "cuda": where graphs are kept from
+            one `generate` to the next, since a capture takes as long as several plain prefills.
         experts: "int8" rounds a copy of their weights, anew whenever work begins after a pause.
         keeps_cache: whether the cache outlives `generate`; otherwise a trainer gets the memory.
         own_bits: on a CPU, whether a request's numbers are its own to the last bit, whatever runs
@@ -90,6 +93,7 @@ class NativeEngine:
         keeps_cache: bool = True,
         own_bits: bool = True,
         ahead: Literal["cuda", "always", "never"] = "cuda",
+        buckets: Literal["cuda", "always", "never"] = "cuda",
     ) -> None:
         for name, value, least in (
             ("max_slots", max_slots, 1),
@@ -118,6 +122,8 @@ class NativeEngine:
         self._text = decode
         self._rounds_experts = experts == "int8"
         self._uses_graphs = graphs and plain.device.type == "cuda"
+        keeps_graphs = self._uses_graphs and keeps_cache
+        self._pads = buckets == "always" or (buckets == "cuda" and keeps_graphs)
         self._version = policy_version
         self._prefixes = Prefixes(max_prefixes, prefix_tokens)
         self._plan = Scheduler(self.limits)
@@ -320,6 +326,7 @@ class NativeEngine:
             uses_graphs=self._uses_graphs,
             rounds_experts=self._rounds_experts,
             own_bits=self.own_bits,
+            pads=self._pads,
         )
 
     def _turn(self, runner: Runner) -> list[tuple[Sample, Token]]:

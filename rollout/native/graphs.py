@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs, one for each size of batch and kind of sampling.
+"""Decode steps and padded pieces of prompts as CUDA graphs, one for each size and kind.
 
 A step launches some two hundred kernels, which takes the host longer than the device needs to run
 them; a graph launches them at once. Sizes are few (`bucket`): rows beyond the samples cost what
@@ -8,15 +8,16 @@ one more row of a matrix product costs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from rollout.native.batch import Out
-
 # runs before a capture: libraries choose and kernels are compiled in them
 WARM_UP_RUNS = 2
+
+T = TypeVar("T")
 
 
 def bucket(samples: int) -> int:
@@ -32,17 +33,17 @@ def bucket(samples: int) -> int:
     return -(-samples // step) * step
 
 
-class Graphs:
+class Graphs(Generic[T]):
     """Captured steps by key; all of them share one pool of memory, since one runs at a time."""
 
     def __init__(self) -> None:
-        self._captured: dict[object, tuple[torch.cuda.CUDAGraph, Out]] = {}
+        self._captured: dict[object, tuple[torch.cuda.CUDAGraph, T]] = {}
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     def __contains__(self, key: object) -> bool:
         return key in self._captured
 
-    def capture(self, key: object, step: Callable[[], Out]) -> None:
+    def capture(self, key: object, step: Callable[[], T]) -> None:
         """Runs `step` a few times and keeps it; what it changes is the caller's to put right."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -55,7 +56,7 @@ class Graphs:
             out = step()
         self._captured[key] = graph, out
 
-    def replay(self, key: object) -> Out:
+    def replay(self, key: object) -> T:
         """Runs a captured step; its tensors hold until the next replay."""
         graph, out = self._captured[key]
         graph.replay()

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from model.packed import sent
 from rollout.native.batch import Batch, Flags, Out, chosen_experts
 from rollout.native.graphs import Graphs, bucket, fingerprint
 from rollout.native.int8 import int8_experts
+from rollout.native.padded import MAX_PIECES, Last, Padded, bucket_of
 from rollout.native.prefix import Prefixes
 from rollout.native.sampler import Knobs, draw, refuse_broken
 from rollout.native.scheduler import Piece
@@ -56,12 +58,14 @@ class Runner:
 
     With bits of their own, on a CPU, every prompt goes alone and a decode batch has at least as
     many rows as make a row's bits its own (`least_rows`), so that the numbers of a request depend
-    on nothing else. On CUDA prompts go together, and decode steps are graphs.
+    on nothing else. On CUDA prompts go together, and decode steps are graphs. Few short pieces of
+    prompts are padded instead, each to a bucket that is a graph too.
 
     Args:
-        uses_graphs: whether decode steps are captured; only on CUDA.
+        uses_graphs: whether steps are captured; only on CUDA.
         rounds_experts: whether the experts are int8.
         own_bits: as in `NativeEngine`.
+        pads: whether there are buckets.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Runner:
         uses_graphs: bool,
         rounds_experts: bool,
         own_bits: bool,
+        pads: bool,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -83,7 +88,10 @@ class Runner:
         self._loaded: Batch | None = None
         self._uses_graphs = uses_graphs
         self._goes_alone = own_bits and model.device.type == "cpu"
-        self._graphs = Graphs()
+        self._pads = pads
+        self._padded: dict[int, Padded] = {}
+        self._graphs: Graphs[Out] = Graphs()
+        self._piece_graphs: Graphs[Last] = Graphs()
         self._captured_for: tuple[object, ...] = ()
         self.rounded = int8_experts(model) if rounds_experts else []
 
@@ -92,31 +100,64 @@ class Runner:
         for one in self.rounded:
             one.refresh()
         if self._uses_graphs and (found := fingerprint(self.model)) != self._captured_for:
-            self._graphs, self._captured_for = Graphs(), found
+            self._graphs, self._piece_graphs, self._captured_for = Graphs(), Graphs(), found
 
     def prefill(self, pieces: Sequence[Piece], prefixes: Prefixes, budget: int) -> None:
         """Fills each group's root and notes the logits after its last prompt token."""
         for run in runs_of(pieces, 1 if self._goes_alone else budget):
-            tokens = torch.cat([p.group.tokens[p.begin : p.end] for p in run])
-            positions = torch.cat([torch.arange(p.begin, p.end) for p in run])
-            lengths = tuple(p.end - p.begin for p in run)
-            packed = Packed(
-                sent(tokens, self.device),
-                sent(positions, self.device),
-                lengths,
-            )
-            out = self.model.model.run(
-                packed, cache=self.cache, slots=tuple(p.group.root for p in run)
-            )
-            self._note(run, out.hidden, packed)
-            if any(p.group.request.return_experts for p in run):
-                top_k = self.model.config.num_experts_per_tok
-                experts = chosen_experts(out.router_logits, top_k).cpu().split(lengths)
-                for piece, rows in zip(run, experts, strict=True):
-                    if piece.group.request.return_experts:
-                        piece.group.experts.append(rows)
+            if buckets := self._buckets(run):
+                for piece, rows in zip(run, buckets, strict=True):
+                    self._prefill_padded(piece, rows)
+            else:
+                self._prefill_packed(run)
             for piece in run:
                 prefixes.put(piece.group, piece.end, self.cache)
+
+    def _buckets(self, run: Sequence[Piece]) -> list[int]:
+        """Rows for each piece of a run that is padded; none for one that is packed."""
+        if not self._pads or len(run) > MAX_PIECES:
+            return []
+        found = [rows for p in run if (rows := bucket_of(p.begin, p.end)) is not None]
+        return found if len(found) == len(run) else []
+
+    def _prefill_packed(self, run: Sequence[Piece]) -> None:
+        tokens = torch.cat([p.group.tokens[p.begin : p.end] for p in run])
+        positions = torch.cat([torch.arange(p.begin, p.end) for p in run])
+        lengths = tuple(p.end - p.begin for p in run)
+        packed = Packed(
+            sent(tokens, self.device),
+            sent(positions, self.device),
+            lengths,
+        )
+        slots = tuple(p.group.root for p in run)
+        out = self.model.model.run(packed, cache=self.cache, slots=slots)
+        self._note(run, out.hidden, packed)
+        if any(p.group.request.return_experts for p in run):
+            top_k = self.model.config.num_experts_per_tok
+            experts = chosen_experts(out.router_logits, top_k).cpu().split(lengths)
+            for piece, rows in zip(run, experts, strict=True):
+                if piece.group.request.return_experts:
+                    piece.group.experts.append(rows)
+
+    def _prefill_padded(self, piece: Piece, rows: int) -> None:
+        group, size = piece.group, piece.end - piece.begin
+        if rows not in self._padded:
+            self._padded[rows] = Padded(self.model, self.cache, filler=self.filler, rows=rows)
+        padded, with_experts = self._padded[rows], group.request.return_experts
+        key, step = (rows, with_experts), partial(padded.step, with_experts)
+        self.cache.begin_decode([group.root], size)
+        if self._uses_graphs and key not in self._piece_graphs:
+            # a capture's runs before it write where nobody reads
+            padded.clear()
+            self._piece_graphs.capture(key, step)
+        padded.fill(piece)
+        last = self._piece_graphs.replay(key) if self._uses_graphs else step()
+        self.cache.count([group.root], size)
+        if piece.end == len(group.request.prompt):
+            # the next replay writes over it
+            group.logits = last.logits.clone()
+        if last.experts is not None:
+            group.experts.append(last.experts[:size].cpu())
 
     def first_tokens(self, started: Sequence[Sample]) -> list[list[float]]:
         """As `decode`, from the logits that a group shares."""

@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from model.kernels.lightning import hopper, kernel
-from model.kernels.lightning.plan import Direction, Plan, plan_work
+from model.kernels.lightning.plan import Direction, FirstRows, Plan, plan_work
 
 HOPPER_SIZES = (64, 128)
 CHUNK_TOKENS = 64
@@ -156,11 +156,14 @@ class Pass:
         carry: Tensor | None,
         initial: Tensor | None,
         final: Tensor | None = None,
+        out: Tensor | None = None,
         is_transposed: bool = False,
     ) -> Tensor:
-        """[T, H, D] in the dtype of v; the states are [D of v, D of k] if transposed."""
+        """[T, H, D] in the dtype of v, `out` where given; the states are [D of v, D of k] if
+        transposed."""
         total, heads, size = q.shape
-        out = torch.empty((total, heads, size), dtype=v.dtype, device=v.device)
+        if out is None:
+            out = torch.empty((total, heads, size), dtype=v.dtype, device=v.device)
         work, shape = self.direction, self.shape
         states = (
             *_strides(carry, is_transposed),
@@ -292,6 +295,20 @@ def lightning_triton(
         tuple(lengths),
         with_final,
     )
+
+
+def lightning_piece_triton(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, states: Tensor, rows: FirstRows
+) -> Tensor:
+    """Same numbers as the torch form of `op.lightning_piece`; arguments checked there."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    shape = choose_shape(q.dtype, q.shape[2], is_hopper=_is_hopper(q.device))
+    chunks, work = rows.plan(len(q), chunk_tokens=shape.chunk_tokens)
+    # rows that no chunk holds are not written
+    out = torch.zeros(q.shape, dtype=v.dtype, device=v.device)
+    forwards = Pass(shape, chunks, work, slopes.float().contiguous(), False)
+    # each program reads its part of the slot's state before it writes it
+    return forwards.run(q, k, v, carry=None, initial=states, final=states, out=out)
 
 
 def lightning_step_triton(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.kernels.cpu import passes
 from model.kernels.lightning.blocks import lightning_blocks
+from model.kernels.lightning.plan import FirstRows
 from model.kernels.lightning.rows import lightning_rows
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -119,23 +120,83 @@ def lightning_step(
         [0.0, 0.0, 1.0]
     """
     _check(q, k, v, slopes)
-    heads, size = q.shape[1:]
-    if states.shape[1:] != (heads, size, size) or index.shape != q.shape[:1]:
-        raise ValueError(
-            f"states {tuple(states.shape)} and index {tuple(index.shape)}: expected "
-            f"[N, {heads}, {size}, {size}] and [{q.shape[0]}]"
-        )
-    if states.device != q.device or index.device != q.device:
-        raise ValueError(f"states on {states.device}, index on {index.device}, q on {q.device}")
+    _check_slots(q, states, index, len(q))
     with torch.no_grad():
-        fits = states.dtype == torch.float32 and states[0].is_contiguous()
-        if form == "auto" and _runs_triton(q) and fits:
+        if form == "auto" and _runs_triton(q) and _is_in_place(states):
             from model.kernels.lightning.launch import lightning_step_triton
 
             return lightning_step_triton(q, k, v, slopes, states, index)
         out, new = _step(q, k, v, slopes, states.index_select(0, index))
         states.index_copy_(0, index, new)
         return out
+
+
+def lightning_piece(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    states: Tensor,
+    rows: FirstRows,
+    *,
+    form: Form = "auto",
+) -> Tensor:
+    """New tokens of one sequence, its state read and written in place; no gradient.
+
+    On CUDA nothing waits for the device and shapes depend on T alone, so that a graph can hold it.
+
+    Args:
+        q, k, v: [T, H, D] of one dtype, finite; the first `rows.count` rows are the tokens.
+        slopes, states: as in `lightning_step`.
+        rows: whose tokens, and how many of the T.
+        form: as above.
+
+    Returns: [T, H, D] in the dtype of v, zero behind the tokens.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> q = k = v = torch.ones(4, 1, 2)
+        >>> states = torch.zeros(3, 1, 2, 2)
+        >>> rows = FirstRows(torch.tensor([2]), torch.tensor([3]))
+        >>> lightning_piece(q, k, v, torch.zeros(1), states, rows)[:, 0, 0].tolist()
+        [2.0, 4.0, 6.0, 0.0]
+        >>> states[:, 0, 0, 0].tolist()
+        [0.0, 0.0, 3.0]
+    """
+    _check(q, k, v, slopes)
+    _check_slots(q, states, rows.slot, 1)
+    with torch.no_grad():
+        if form == "auto" and _runs_triton(q) and _is_in_place(states):
+            from model.kernels.lightning.launch import lightning_piece_triton
+
+            return lightning_piece_triton(q, k, v, slopes, states, rows)
+        count = int(rows.count)
+        out = torch.zeros(q.shape, dtype=v.dtype, device=v.device)
+        out[:count], new = lightning_attention(
+            q[:count], k[:count], v[:count], slopes, (count,),
+            initial_state=states.index_select(0, rows.slot), with_final=True,
+        )  # fmt: skip
+        assert new is not None, "asked for by with_final"
+        states.index_copy_(0, rows.slot, new)
+        return out
+
+
+def _check_slots(q: Tensor, states: Tensor, index: Tensor, count: int) -> None:
+    heads, size = q.shape[1:]
+    if states.shape[1:] != (heads, size, size) or index.shape != (count,):
+        raise ValueError(
+            f"states {tuple(states.shape)} and index {tuple(index.shape)}: expected "
+            f"[N, {heads}, {size}, {size}] and [{count}]"
+        )
+    if states.device != q.device or index.device != q.device:
+        raise ValueError(f"states on {states.device}, index on {index.device}, q on {q.device}")
+
+
+def _is_in_place(states: Tensor) -> bool:
+    """Whether kernels write these states where they lie."""
+    return states.dtype == torch.float32 and states[0].is_contiguous()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> None:

@@ -63,6 +63,41 @@ class Plan:
     backward: Direction
 
 
+class FirstRows:
+    """The first `count` of some rows as one sequence in a slot, planned on the device: a graph that
+    was captured serves every count.
+
+    Args:
+        slot, count: [1] int64, count >= 1.
+
+    Example:
+        >>> rows = FirstRows(torch.tensor([3]), torch.tensor([70]))
+        >>> chunks, work = rows.plan(128, chunk_tokens=64)
+        >>> chunks.tolist(), work.segments.tolist()
+        ([[0, 64], [64, 6]], [[0, 2, -1, 3, 3]])
+    """
+
+    def __init__(self, slot: Tensor, count: Tensor) -> None:
+        self.slot, self.count = slot, count
+        self._plans: dict[tuple[int, int], tuple[Tensor, Direction]] = {}
+
+    def plan(self, rows: int, *, chunk_tokens: int) -> tuple[Tensor, Direction]:
+        """Chunks as in `Plan`, and one segment of them; made once for all layers.
+
+        States enter and leave by slot. Without marks: only passes without initial states read them.
+        """
+        key = rows, chunk_tokens
+        if key not in self._plans:
+            begin = torch.arange(0, rows, chunk_tokens, device=self.count.device)
+            chunks = torch.stack([begin, (self.count - begin).clamp(0, chunk_tokens)], dim=1)
+            used = (self.count + chunk_tokens - 1) // chunk_tokens
+            zero = torch.zeros_like(used)
+            segments = torch.stack([zero, used, zero - 1, self.slot, self.slot], dim=1).int()
+            none = segments[:0]
+            self._plans[key] = chunks.int(), Direction(segments, none, none)
+        return self._plans[key]
+
+
 @dataclass(frozen=True)
 class _Layout:
     starts: list[int]

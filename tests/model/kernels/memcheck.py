@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.kernels.lightning.plan import FirstRows
 from tests.model.kernels import (
     formula,
     test_block_triton,
@@ -59,6 +60,17 @@ def lightning_step() -> None:
         slopes = torch.tensor([0.5, 0.25, 0.125], device=formula.DEVICE)
         states = torch.randn(7, 3, dim, dim).to(formula.DEVICE)
         form(q, k, v, slopes, states, torch.tensor([6, 0, 3, 1, 2], device=formula.DEVICE))
+
+
+def lightning_piece() -> None:
+    form = formula.launch("lightning").lightning_piece_triton
+    for dim, dtype in ((32, torch.float32), (64, torch.bfloat16), (128, torch.bfloat16)):
+        for count in (1, 65, 128):
+            q, k, v = torch.randn(3, 128, 3, dim).to(formula.DEVICE, dtype).unbind()
+            slopes = torch.tensor([0.5, 0.25, 0.125], device=formula.DEVICE)
+            states = torch.randn(7, 3, dim, dim).to(formula.DEVICE)
+            slot, of = (torch.tensor([x], device=formula.DEVICE) for x in (6, count))
+            form(q, k, v, slopes, states, FirstRows(slot, of))
 
 
 def block() -> None:
@@ -103,7 +115,7 @@ def logprob() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plant", action="store_true", help="only the planted error")
-    rooms = (lightning, lightning_step, block, norm, experts, logprob)
+    rooms = (lightning, lightning_step, lightning_piece, block, norm, experts, logprob)
     for room in (plant,) if parser.parse_args().plant else rooms:
         start = time.monotonic()
         room()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -160,6 +160,37 @@ def test_step_updates_its_slots_only(launch: ModuleType):
     assert torch.equal(found[[0, 2, 3]].cpu(), states[[0, 2, 3]])
 
 
+def check_piece(form: Callable[..., Tensor], count: int, dim: int, dtype: torch.dtype) -> None:
+    """The first `count` of 130 rows, against the recurrence; rows behind hold anything finite."""
+    generator = torch.Generator().manual_seed(count)
+    device = "cuda" if CUDA else "cpu"
+    qkv = (torch.randn(130, 3, 3 * dim, generator=generator) * dim**-0.5).to(dtype)
+    slopes = torch.tensor([0.5, 0.1, 0.0])
+    states = torch.randn(5, 3, dim, dim, generator=generator)
+    found, rows = states.clone().to(device), plan.FirstRows(
+        torch.tensor([4], device=device), torch.tensor([count], device=device)
+    )  # fmt: skip
+    out = form(*qkv.to(device).chunk(3, dim=-1), slopes.to(device), found, rows)
+    expected, new = lightning_reference(
+        *qkv[:count].double().chunk(3, dim=-1), slopes.double(), [count],
+        initial_state=states[4:].double(),
+    )  # fmt: skip
+    assert_close("output", out[:count].cpu(), expected, BOUND[dtype])
+    assert not out[count:].any()
+    assert_close("state", found[4:].cpu(), new, BOUND[dtype])
+    assert torch.equal(found[:4].cpu(), states[:4])
+
+
+COUNTS = (1, 16, 17, 64, 65, 128, 129, 130)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_piece_in_a_slot_is_the_recurrence(launch: ModuleType, count: int):
+    check_piece(launch.lightning_piece_triton, count, 24, torch.float32)
+    if not CUDA:
+        check_piece(op.lightning_piece, count, 24, torch.float32)
+
+
 def test_step_in_torch_equals_the_recurrence():
     q, k, v = torch.randn(3, 2, 3, 8)
     states, index = torch.randn(4, 3, 8, 8), torch.tensor([3, 0])
@@ -184,6 +215,8 @@ def test_arguments_that_do_not_fit_are_refused():
         op.lightning_step(q, q, q, slopes, states[:, :2], index)
     with pytest.raises(ValueError, match="states on meta, index on cpu, q on cpu"):
         op.lightning_step(q, q, q, slopes, states.to("meta"), index)
+    with pytest.raises(ValueError, match=r"index \(2,\): expected \[N, 3, 8, 8\] and \[1\]"):
+        op.lightning_piece(q, q, q, slopes, states, plan.FirstRows(index, index[:1]))
 
 
 @pytest.mark.gpu
@@ -195,6 +228,15 @@ def test_arguments_that_do_not_fit_are_refused():
 def test_the_whole_matrix(launch: ModuleType, lengths: list[int], dim: int, dtype: torch.dtype):
     for heads, states in ((1, False), (3, True)):
         check(launch, Case(lengths, heads, dim, dtype), initial=states, final=states)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_pieces_of_every_kernel(launch: ModuleType, dim: int, dtype: torch.dtype):
+    for count in COUNTS:
+        check_piece(launch.lightning_piece_triton, count, dim, dtype)
 
 
 @pytest.mark.gpu
