@@ -60,10 +60,14 @@ def test_fp32_is_the_full_forward(graphs: bool, buckets: str):
     assert engine.stats.num_free_slots == 12
 
 
-def test_graphs_and_eager_steps_draw_the_same_tokens():
+@pytest.mark.parametrize("buckets", ["never", "always"])
+def test_graphs_and_eager_steps_draw_the_same_tokens(buckets: str):
     model = make_model().cuda().bfloat16()
     requests = requests_of(random.Random(1), 12)
-    found = [engine_of(model, graphs=graphs).generate(requests) for graphs in (False, True)]
+    found = [
+        engine_of(model, graphs=graphs, buckets=buckets).generate(requests)
+        for graphs in (False, True)
+    ]
     assert [one.tokens for one in found[0]] == [one.tokens for one in found[1]]
 
 
