@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from model import HybridModel, Packed
+from model.kernels.experts.blocks import least_rows
 from model.memory import align_weights
 from model.moe import router_losses
 from reward.hierarchy import Hierarchy
@@ -137,12 +138,16 @@ class RewardModel(nn.Module):
         gate = None
         # Autocast would run the heads in bf16 again.
         with torch.autocast(hidden.device.type, enabled=False):
-            values = self.values(row.take(hidden, [end - 1 for end in ends], own).float())
+            # Fewer rows are multiplied by other code: their bits would depend on how many they are.
+            spare = [ends[-1]] * (least_rows(hidden) - len(ends))
+            last = [end - 1 for end in ends + spare]
+            values = self.values(row.take(hidden, last, own).float())[: len(ends)]
             if self.gate is not None and prompt_lengths is not None:
                 _check_prompts(packed.lengths, prompt_lengths)
                 starts = [0, *ends[:-1]]
                 last = [s + p - 1 for s, p in zip(starts, prompt_lengths, strict=True)]
-                gate = self.gate(row.take(hidden, last, own).float()).softmax(-1)
+                last += last[-1:] * len(spare)
+                gate = self.gate(row.take(hidden, last, own).float())[: len(ends)].softmax(-1)
             dimensions, overall = self._total(values, gate)
             labelled = torch.cat([values, dimensions, overall[:, None]], dim=1)
         aux_loss = router_losses(self.trunk.config, router_logits, row)
