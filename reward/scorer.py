@@ -114,7 +114,9 @@ class InProcessScorer:
         return self._model is not None
 
     def score(self, items: Sequence[Item]) -> list[Score]:
-        """One score an item, in order; on a CPU no bit of it depends on what else is in the call.
+        """One score an item, in order, independent of what else is in the call.
+
+        In fp32 on a CPU, with the C passes built, to the last bit; elsewhere but for rounding.
 
         Raises: ValueError for wrong data (an unknown rule, a rule the tree does not hold).
         """
@@ -256,7 +258,7 @@ def load_scorer(
     *,
     encode_prompt: Encode | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     sandbox: Sandbox | None = None,
     judge: JudgeModel | None = None,
 ) -> InProcessScorer:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from model.kernels.cpu import passes
 from reward.hierarchy import HIERARCHY
 from reward.model import RewardModel
 from reward.scorer import InProcessScorer, load_scorer
@@ -63,6 +64,7 @@ def test_a_score_does_not_depend_on_batching():
     assert scorer().score([]) == []
 
 
+@pytest.mark.skipif(passes.library() is None, reason="model/kernels/cpu was not built")
 @pytest.mark.parametrize("hierarchy", [HIERARCHY, LEARNED])
 def test_on_a_cpu_no_bit_of_a_score_depends_on_its_company(hierarchy):
     judge = scorer(tiny(hierarchy))
