@@ -102,8 +102,8 @@ def test_the_demos_ladder_is_the_same_for_one_and_two_processes(tmp_path: Path, 
 def test_in_fp32_two_processes_with_other_rows_give_the_bits_of_one(
     tmp_path: Path, trained: list[str]
 ):
-    # Up to two microbatches a step: three (dpo-long) are added in another order by two processes.
-    sets = ("dpo-long.micro_sequences=3",)
+    # Two microbatches a step at most: three are added in another order by two processes.
+    sets = ("dpo-long.micro_sequences=3", "grpo.micro_sequences=4")
     one = launch(tmp_path, "one", *sets, processes=1)
     data = launch(tmp_path, "data", *sets)
     for stage in trained:
