@@ -373,7 +373,8 @@ def open_source(
     """
     if config.workers:
         return WorkerSource(config, job, policy, autocast=autocast)
-    dtype = torch.bfloat16 if torch.bfloat16 in (autocast, policy.dtype) else torch.float32
+    narrow = torch.bfloat16 in (autocast, policy.dtype)
+    dtype = torch.bfloat16 if narrow else torch.promote_types(policy.dtype, torch.float32)
     canary = Canary.of(
         policy.config.vocab_size, dtype=dtype, bound=config.canary_bound, max_tokens=max_tokens
     )

@@ -65,7 +65,10 @@ class TrainConfig(BaseModel):
     lora: LoraConfig | None = None
     """Adapters to train instead of the weights; absent means full training."""
     precision: Precision = "fp32"
-    """Type of the forward and backward pass; what is trained and updated says optim.weights."""
+    """Type of the forward and backward pass; what is trained and updated says optim.weights. With
+    fp64 all of the stage is fp64, weights, optimizer and samples, what it leaves, and so whoever
+    reads that: to prove on a CPU that a launch, a mesh or a resume computes the same thing, because
+    what training makes of rounding (1e-16) then stays below 1e-9."""
     checkpointing: Checkpointing = "none"
     """What backward computes again: nothing; all but projections and softmax attention
     (selective), or each whole block (full), whose inputs the host may hold (host)."""
@@ -90,6 +93,13 @@ class TrainConfig(BaseModel):
         return self.batch_items or self.batch_sequences
 
     @property
+    def weights_dtype(self) -> torch.dtype:
+        """Type of the weights that are trained."""
+        if self.precision == "fp64":
+            return torch.float64
+        return torch.float32 if self.optim.weights == "fp32" else torch.bfloat16
+
+    @property
     def has_autocast(self) -> bool:
         """Whether forward and backward run in bf16 on wider weights."""
         return self.precision == "bf16" and self.optim.weights == "fp32"
@@ -100,6 +110,15 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"optim.weights = {self.optim.weights} needs precision: bf16 and no lora (adapters "
                 "are small enough for fp32); set it to fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _native_in_fp64(self) -> Self:
+        if self.precision == "fp64" and self.backend != "native":
+            raise ValueError(
+                f"precision = fp64 with backend = {self.backend}, expected native: other trainers "
+                "round to fp32; set one of the two back"
             )
         return self
 
@@ -242,11 +261,11 @@ def _check(accelerator: Accelerator, config: TrainConfig) -> None:
 
 def _check_dtypes(model: nn.Module, config: TrainConfig) -> None:
     found = {p.dtype for p in model.parameters() if p.requires_grad}
-    wanted = torch.float32 if config.optim.weights == "fp32" else torch.bfloat16
+    wanted = config.weights_dtype
     if found and wanted not in found:
         raise ValueError(
-            f"optim.weights = {config.optim.weights}, but no trained weight is {wanted}; open the "
-            "model in it"
+            f"precision = {config.precision} with optim.weights = {config.optim.weights}, but no "
+            f"trained weight is {wanted}; open the model in it"
         )
 
 

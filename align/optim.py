@@ -35,8 +35,9 @@ class OptimConfig(BaseModel):
     """Update rule; AdamW with decoupled weight decay."""
     weights: Weights = "fp32"
     """Weights, gradients and optimizer take 16 bytes a parameter as fp32, and 2 more while bf16
-    precision runs; 16 as bf16 with an fp32 master copy; 12 as bf16 with stochastic rounding. Both
-    running means are fp32; gradients of bf16 weights add up over microbatches in bf16."""
+    precision runs (fp32 is fp64 in a stage of that precision); 16 as bf16 with an fp32 master copy;
+    12 as bf16 with stochastic rounding. Both running means are fp32; gradients of bf16 weights add
+    up over microbatches in bf16."""
     lr: float = Field(default=1e-5, gt=0)
     """Highest learning rate, reached after the warmup."""
     min_lr: float = Field(default=0.0, ge=0)

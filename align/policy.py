@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model import HybridForCausalLM
+from model.checkpoints import opened_dtype
 from model.memory import align_weights
 
 BASE = "base.json"
@@ -96,12 +97,13 @@ def _require(folder: Path, *groups: tuple[str, ...]) -> None:
 
 
 def load_policy(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> tuple[HybridForCausalLM, PreTrainedTokenizerBase]:
     """The policy in `folder` in eval mode, its adapters merged, and its tokenizer.
 
     Args:
-        dtype: of the weights; adapters are merged in fp32 before the rounding.
+        dtype: of the weights; None takes `model.checkpoints.opened_dtype`. Adapters are merged in
+            fp32, or fp64, before the rounding.
 
     Raises:
         ValueError: if a file is missing, or a base was changed after its adapter was trained.
@@ -116,7 +118,8 @@ def load_policy(
                 f"has {found}; train this stage anew"
             )
     # Small updates vanish when added in bf16, so a chain is added up in fp32.
-    merging = torch.float32 if len(chain) > 1 else dtype
+    dtype = dtype or opened_dtype(folder, device)
+    merging = torch.promote_types(dtype, torch.float32) if len(chain) > 1 else dtype
     model = HybridForCausalLM.from_pretrained(chain[0], dtype=merging, local_files_only=True)
     for link in chain[1:]:
         model = PeftModel.from_pretrained(model, link).merge_and_unload(safe_merge=True)

@@ -39,7 +39,7 @@ from align.losses.types import Loss
 from model.parallel.expert import average_expert_gradients, clip_gradients
 from model.parallel.mesh import Mesh
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp64"]
 SHOWN_PLACES = 8
 
 
@@ -245,10 +245,10 @@ class Updater:
 
 def _share(loss: Loss, batch: Batch, count: float, tokens: float) -> Tensor:
     """[2]: what a microbatch adds to the mean loss and to the mean aux loss."""
-    share = loss.sum.float() / count
+    share = loss.sum / count
     if loss.aux is None:
         return torch.stack([share, torch.zeros_like(share)])
-    return torch.stack([share, loss.aux.float() * (batch.packed.num_tokens / tokens)])
+    return torch.stack([share, loss.aux * (batch.packed.num_tokens / tokens)])
 
 
 def _detached(loss: Loss) -> Loss:

@@ -16,7 +16,7 @@ from model.norm import ResidualNorm
 from model.packed import Packed
 from model.step import Step
 
-# of rotary: cosines and sines, [T, 1, R] fp32 each
+# of rotary: cosines and sines, [T, 1, R] fp32 (fp64 for a model in fp64) each
 Angles = tuple[Tensor, Tensor]
 
 

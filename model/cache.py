@@ -1,7 +1,8 @@
 """What a decoding model remembers: lightning states in slots, softmax keys and values in pages.
 
-A slot is one sequence. Its lightning states are a fixed amount of fp32 memory; its keys and values
-lie in pages of `page_tokens`, which a fork shares with its source until one of them writes.
+A slot is one sequence. Its lightning states are a fixed amount of memory, fp32 (fp64 of a model in
+fp64); its keys and values lie in pages of `page_tokens`, which a fork shares with its source until
+one of them writes.
 """
 
 from __future__ import annotations

@@ -78,6 +78,22 @@ def shards_of(folder: Path) -> dict[str, tuple[str, ...]]:
         return {WEIGHTS: tuple(file.keys())}
 
 
+def opened_dtype(folder: Path, device: torch.device | str = "cpu") -> torch.dtype:
+    """What weights are opened in to be read: fp32, or fp64 where they were saved so.
+
+    Only on a CPU has every kernel a form in fp64.
+
+    Args:
+        folder: weights or an adapter, as safetensors.
+    """
+    file = next(iter(sorted(folder.glob("*.safetensors"))), None)
+    if file is None or torch.device(device).type != "cpu":
+        return torch.float32
+    with safe_open(file, framework="pt") as opened:
+        kinds = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    return torch.float64 if "F64" in kinds else torch.float32
+
+
 def stream_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a folder under its name on disk, one at a time in memory.
 

@@ -21,8 +21,14 @@ Begin = Callable[..., Callable[[], Attended]]
 
 
 @functools.lru_cache(maxsize=1024)
-def decay_slopes(heads: int, layer: int, num_layers: int, device: torch.device) -> Tensor:
-    """[H] fp32: slope of head h = 1..H is 2^(-8h/H) * (1 - l/(L-1) + 1e-5).
+def decay_slopes(
+    heads: int,
+    layer: int,
+    num_layers: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """[H], fp32 or fp64: slope of head h = 1..H is 2^(-8h/H) * (1 - l/(L-1) + 1e-5).
 
     Derived when asked for and never part of a module, so that no cast of the model to bf16 and no
     checkpoint can change it.
@@ -35,7 +41,7 @@ def decay_slopes(heads: int, layer: int, num_layers: int, device: torch.device) 
     with torch.inference_mode(False):
         head = torch.arange(1, heads + 1, dtype=torch.float64)
         factor = 1 - layer / max(num_layers - 1, 1) + 1e-5
-        return (2.0 ** (-8 * head / heads) * factor).to(device=device, dtype=torch.float32)
+        return (2.0 ** (-8 * head / heads) * factor).to(device=device, dtype=dtype)
 
 
 def begin_attention(
@@ -84,7 +90,8 @@ class LightningAttention(nn.Module):
     def forward(self, x: Tensor, packed: Packed, cache: Step | None = None) -> Tensor:
         """[T, C] -> [T, C]."""
         q, k, v = silu_qkv(self.qkv_proj(x), self.heads)
-        slopes = decay_slopes(self.heads, self.layer, self.num_layers, q.device)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        slopes = decay_slopes(self.heads, self.layer, self.num_layers, q.device, wide)
         if isinstance(cache, DecodeStep):
             states = cache.states[cache.lightning[self.layer]]
             if isinstance(cache, PieceStep):

@@ -6,19 +6,22 @@ import torch
 from torch import Tensor
 
 
-def rotary_angles(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(
+    positions: Tensor, rotary_dim: int, base: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's angles.
 
     Args:
         positions: [T] int64.
         rotary_dim: dimensions that are rotated, even.
         base: theta; angle i turns by base^(-2i / rotary_dim) a token.
+        dtype: of the angles, fp32 or fp64; a bf16 angle would be off by radians beyond a few
+            hundred tokens.
 
-    Returns: cos and sin, each [T, 1, rotary_dim] fp32, the halves repeated (rotate-half form).
+    Returns: cos and sin, each [T, 1, rotary_dim] in dtype, the halves repeated (rotate-half form).
     """
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device)
+    exponent = torch.arange(0, rotary_dim, 2, dtype=dtype, device=positions.device)
     frequency = 1.0 / (base ** (exponent / rotary_dim))
-    # fp32: a bf16 angle would be off by radians beyond a few hundred tokens
-    angle = positions.float()[:, None] * frequency[None, :]
+    angle = positions.to(dtype)[:, None] * frequency[None, :]
     angle = torch.cat((angle, angle), dim=-1)[:, None, :]
     return angle.cos(), angle.sin()

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from model import HybridModel, Packed
+from model.checkpoints import opened_dtype
+from model.kernels.experts.blocks import least_rows
 from model.memory import align_weights
 from model.moe import router_losses
 from reward.hierarchy import Hierarchy
 
 HEADS_FILE = "heads.safetensors"
 REWARD_FILE = "reward.json"
-FP32 = torch.float32
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,15 @@ class RewardOutput:
     """What a packed call of the reward model gives.
 
     Args:
-        values: [S, N] fp32, each sequence's value under each head; any real number.
-        overall: [S] fp32, the heads' gate-weighted total: the hierarchy's weights on raw values
+        values: [S, N] fp32 (fp64 of a trunk in fp64), each sequence's value under each head; any
+            real number. All below are of this dtype.
+        overall: [S], the heads' gate-weighted total: the hierarchy's weights on raw values
             instead of their sigmoids, so that pairs labelled with nothing finer can be learned
             without saturation. Floors and ceilings are the score's, not its. With a learned gate
             its gradient reaches the gate alone: the heads have labels of their own.
-        gate: [S, M] fp32, weights of the hierarchy's M dimensions, sum 1; None without a learned
+        gate: [S, M], weights of the hierarchy's M dimensions, sum 1; None without a learned
             gate.
-        labelled: [S, L] fp32, what each of `RewardModel.labels` speaks about: the values, the
+        labelled: [S, L], what each of `RewardModel.labels` speaks about: the values, the
             weighted means of dimensions, overall.
         aux_loss: the router's losses, a mean over the T tokens; None if every coefficient is 0.
     """
@@ -106,15 +108,16 @@ class RewardModel(nn.Module):
             )
         weights = torch.tensor([d.weight for d in hierarchy.dimensions.values()])
         generator = torch.Generator().manual_seed(seed)
-        # fp32 whatever the trunk's dtype: differences of scores are smaller than bf16 resolves.
+        # fp32 at least: differences of scores are smaller than bf16 resolves.
+        wide = torch.promote_types(trunk.dtype, torch.float32)
         # No bias: Bradley-Terry compares scores, so a common shift would never be trained.
-        self.values = skip_init(nn.Linear, width, len(self.signals), bias=False, dtype=FP32)
+        self.values = skip_init(nn.Linear, width, len(self.signals), bias=False, dtype=wide)
         self.gate: nn.Linear | None = None
         with torch.no_grad():
             self.values.weight.normal_(std=(width + 1) ** -0.5, generator=generator)
             if hierarchy.gate == "learned":
                 # Starts as the declared gate, whatever the prompt.
-                self.gate = skip_init(nn.Linear, width, len(weights), dtype=FP32)
+                self.gate = skip_init(nn.Linear, width, len(weights), dtype=wide)
                 self.gate.weight.zero_()
                 self.gate.bias.copy_((weights / weights.sum()).log())
         self.to(device)
@@ -136,13 +139,18 @@ class RewardModel(nn.Module):
         hidden, router_logits = self.trunk.run(own)
         gate = None
         # Autocast would run the heads in bf16 again.
+        wide = self.values.weight.dtype
         with torch.autocast(hidden.device.type, enabled=False):
-            values = self.values(row.take(hidden, [end - 1 for end in ends], own).float())
+            # Fewer rows are multiplied by other code: their bits would depend on how many they are.
+            spare = [ends[-1]] * (least_rows(hidden) - len(ends))
+            last = [end - 1 for end in ends + spare]
+            values = self.values(row.take(hidden, last, own).to(wide))[: len(ends)]
             if self.gate is not None and prompt_lengths is not None:
                 _check_prompts(packed.lengths, prompt_lengths)
                 starts = [0, *ends[:-1]]
                 last = [s + p - 1 for s, p in zip(starts, prompt_lengths, strict=True)]
-                gate = self.gate(row.take(hidden, last, own).float()).softmax(-1)
+                last += last[-1:] * len(spare)
+                gate = self.gate(row.take(hidden, last, own).to(wide))[: len(ends)].softmax(-1)
             dimensions, overall = self._total(values, gate)
             labelled = torch.cat([values, dimensions, overall[:, None]], dim=1)
         aux_loss = router_losses(self.trunk.config, router_logits, row)
@@ -200,13 +208,13 @@ class RewardModel(nn.Module):
         cls,
         folder: Path,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> RewardModel:
         """The reward model in `folder`, in eval mode.
 
         Args:
-            dtype: of the trunk; the heads are always fp32.
+            dtype: of the trunk; None takes `model.checkpoints.opened_dtype`.
 
         Raises: ValueError if the folder holds no reward model, or its files do not belong together.
         """
@@ -218,6 +226,7 @@ class RewardModel(nn.Module):
             )
         if not (folder / HEADS_FILE).exists():
             raise ValueError(f"{folder}: no {HEADS_FILE}; the reward artifact is not complete")
+        dtype = dtype or opened_dtype(folder, device)
         trunk = HybridModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
         model = cls(trunk, told.hierarchy)
         heads, wanted = load_file(folder / HEADS_FILE), model._heads()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from model import Packed
+from model.kernels.experts.blocks import least_rows
 from reward.hierarchy import HIERARCHY, Hierarchy, head_key, rule_key
 from reward.model import RewardModel
 from reward.sandbox import Sandbox
@@ -113,7 +114,9 @@ class InProcessScorer:
         return self._model is not None
 
     def score(self, items: Sequence[Item]) -> list[Score]:
-        """One score an item, in order; independent of what else is in the call.
+        """One score an item, in order, independent of what else is in the call.
+
+        In fp32 on a CPU, with the C passes built, to the last bit; elsewhere but for rounding.
 
         Raises: ValueError for wrong data (an unknown rule, a rule the tree does not hold).
         """
@@ -183,10 +186,16 @@ class InProcessScorer:
         if model is None:
             raise ValueError("this scorer has no reward model, so there are no heads to read")
         device = model.values.weight.device
-        packed = Packed.from_sequences([one.tokens for one in batch], device=device)
-        prompts = None if model.gate is None else [one.num_prompt_tokens for one in batch]
+        read = list(batch)
+        tokens = sum(len(one.tokens) for one in batch)
+        if tokens < least_rows(model.values.weight):
+            # so few are multiplied by other code, which rounds otherwise
+            filler = batch[-1].tokens[:1] * (least_rows(model.values.weight) - tokens + 1)
+            read.append(Encoded(filler, 1))
+        packed = Packed.from_sequences([one.tokens for one in read], device=device)
+        prompts = None if model.gate is None else [one.num_prompt_tokens for one in read]
         output = model(packed, prompts)
-        gates: list[list[float] | None] = [None] * len(batch)
+        gates: list[list[float] | None] = [None] * len(read)
         if output.gate is not None:
             gates = output.gate.tolist()
         return [
@@ -200,7 +209,7 @@ class InProcessScorer:
             for values, overall, gate in zip(
                 output.values.tolist(), output.overall.tolist(), gates, strict=True
             )
-        ]
+        ][: len(batch)]
 
     def check_device(self) -> None:
         """Reads one number of the reward model.
@@ -249,7 +258,7 @@ def load_scorer(
     *,
     encode_prompt: Encode | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     sandbox: Sandbox | None = None,
     judge: JudgeModel | None = None,
 ) -> InProcessScorer:

@@ -16,7 +16,7 @@ from stages.document import Document, Keys, nearest
 from stages.inputs import models_of, sources_of
 from stages.recipe import BASES, MODEL, Recipe, Stage
 
-RESERVED = (MODEL, START, "vars", "name", "seed", "sandbox", "evals", "stages")
+RESERVED = (MODEL, START, "vars", "name", "seed", "precision", "sandbox", "evals", "stages")
 UNKNOWN = Launch()
 # What a stage makes of sampled rows: a sample stage's `make` has to be the same.
 ROWS_FOR = {"sft": "sft", "dpo": "dpo", "reward": "dpo"}

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from align.data.render import render_prompt
@@ -52,7 +51,7 @@ def answer(
     policy: Path, prompt: str, *, system: str, sampling: Sampling, num_samples: int
 ) -> list[dict[str, Any]]:
     """Responses to one user message: text, finish, mean log-probability per token."""
-    model, tokenizer = load_policy(policy, dtype=torch.float32, device=pick_device())
+    model, tokenizer = load_policy(policy, device=pick_device())
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     tokens = render_prompt(messages, tokenizer)

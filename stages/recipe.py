@@ -8,6 +8,7 @@
       - {name: sft-short, kind: sft, ...}
       - {name: sft-long, kind: sft, from: sft-short, ...}
 
+A top-level `precision` is that of every stage that trains and names no other.
 A stage's keys are `name`, `kind`, `from`, `reward`, `evals` and those of its kind's config.
 """
 
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from align.course import Job, Outcome
 from align.data.sources import DataConfig
+from align.update import Precision
 from reward.sandbox import SandboxConfig
 from stages.document import Document, nearest, read_document
 from stages.explain import validate
@@ -168,6 +170,8 @@ class RecipeHead(BaseModel):
     """Values to be written as ${name} elsewhere in the file."""
     seed: int = Field(default=0, ge=0)
     """Of the evals; every stage has its own."""
+    precision: Precision = "fp32"
+    """Of every stage that trains and names no other."""
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     """How programs that a policy wrote are run, in stages and evals."""
     evals: list[Any] = Field(default_factory=list)
@@ -287,11 +291,11 @@ def load_recipe(
                 ("evals", index), f"two evals are named '{config.name}'; give one another name"
             )
         evals[config.name] = config
-    stages = [_stage(document, index, kinds) for index in range(len(head.stages))]
+    stages = [_stage(document, index, kinds, head) for index in range(len(head.stages))]
     return Recipe(head, evals, tuple(stages), document)
 
 
-def _stage(document: Document, index: int, kinds: Mapping[str, Kind]) -> Stage:
+def _stage(document: Document, index: int, kinds: Mapping[str, Kind], recipe: RecipeHead) -> Stage:
     keys = ("stages", index)
     written = document.data["stages"][index]
     if not isinstance(written, dict):
@@ -302,6 +306,8 @@ def _stage(document: Document, index: int, kinds: Mapping[str, Kind]) -> Stage:
         raise document.error((*keys, "kind"), f"no such kind; {nearest(head.kind, kinds)}")
     kind = kinds[head.kind]
     own = {k: v for k, v in written.items() if k not in shared}
+    if "precision" in kind.config.model_fields and "precision" in recipe.model_fields_set:
+        own.setdefault("precision", recipe.precision)
     return Stage(head, kind, validate(document, keys, own, kind.config), index)
 
 

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from align.evals import EvalConfig
 from align.launches import Launch
 from stages.checks import cross_check
+from stages.document import ConfigError
 from stages.kinds import KINDS
 from stages.plan import derived, plan_text
 from stages.recipe import Recipe, load_recipe
@@ -19,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "stages/recipes").glob("*.yaml"))
 
 
-def load(name: str) -> Recipe:
+def load(name: str, *sets: str) -> Recipe:
     file = ROOT / f"stages/recipes/{name}.yaml"
-    return load_recipe(file, kinds=KINDS, eval_config=EvalConfig)
+    return load_recipe(file, sets, kinds=KINDS, eval_config=EvalConfig)
 
 
 @pytest.mark.parametrize("name", [file.stem for file in RECIPES])
@@ -36,6 +37,38 @@ def test_a_shipped_recipe_is_right(name: str):
 @pytest.mark.parametrize("name", ["tiny", "tiny-base"])
 def test_what_the_demo_reads_is_in_the_package(name: str):
     cross_check(load(name), ROOT)
+
+
+def test_one_precision_is_that_of_every_stage_that_names_no_other():
+    recipe = load("tiny", "precision=fp64", "sft-long.precision=bf16")
+    cross_check(recipe, ROOT, with_files=False)
+    trained = [stage for stage in recipe.stages if stage.head.kind != "sample"]
+    found = {stage.name: stage.config.precision for stage in trained}
+    assert found.pop("sft-long") == "bf16"
+    assert len(found) == 6
+    assert set(found.values()) == {"fp64"}
+    assert load("tiny").stage("lm").config.precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (
+            ("precision=fp65",),
+            "--set precision=fp65: precision = fp65: expected fp32, bf16 or fp64",
+        ),
+        (("precison=fp64",), "precison = fp64: unknown key; did you mean 'precision'?"),
+        (
+            ("precision=fp64", "dpo-long.backend=trl"),
+            "dpo-long: precision = fp64 with backend = trl, expected native",
+        ),
+    ],
+)
+def test_a_precision_that_cannot_be_is_one_line(sets: tuple[str, ...], message: str):
+    with pytest.raises(ConfigError) as caught:
+        load("tiny", *sets)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_there_are_recipes():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -91,7 +91,7 @@ class Batch:
         packed: S sequences, T tokens.
         targets: [T] int64, the next token of the same sequence; 0 at a sequence's last position.
         weights: [T] fp32, loss weight of predicting targets[t]; 0 at each last position.
-        behaviour_logprobs, advantages: [T] fp32 aligned with targets; None outside RL.
+        behaviour_logprobs, advantages: [T] fp64 aligned with targets; None outside RL.
         pairs: for preferences: sequences 2i and 2i + 1 are chosen and rejected of pairs[i].
         places: [S] where each sequence came from.
         experts: [T, layers, K] int16 aligned with packed.tokens; None where none are recorded.
@@ -121,14 +121,8 @@ class Batch:
             targets=torch.tensor([t for e in examples for t in (*e.tokens[1:], 0)]),
             weights=torch.tensor([w for e in examples for w in (*e.weights[1:], 0.0)]),
             places=tuple(example.place for example in examples),
-            behaviour_logprobs=torch.tensor(
-                [x for e in examples for x in (*e.behaviour_logprobs[1:], 0.0)]
-            )
-            if in_rl
-            else None,
-            advantages=torch.tensor([x for e in examples for x in (*e.advantages[1:], 0.0)])
-            if in_rl
-            else None,
+            behaviour_logprobs=_aligned(e.behaviour_logprobs for e in examples) if in_rl else None,
+            advantages=_aligned(e.advantages for e in examples) if in_rl else None,
             experts=_joined([example.experts for example in examples]),
         )
 
@@ -152,6 +146,11 @@ class Batch:
             self.pairs,
             move(self.experts),
         )
+
+
+def _aligned(extras: Iterable[Sequence[float]]) -> Tensor:
+    """Per-token numbers end to end, each at the token before; every digit of them is kept."""
+    return torch.tensor([x for e in extras for x in (*e[1:], 0.0)], dtype=torch.float64)
 
 
 def _joined(recorded: Sequence[Tensor | None]) -> Tensor | None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from align.data.render import render_chat, render_text
@@ -44,7 +43,7 @@ def run(config: LmEval, context: Context) -> EvalResult:
         ValueError: if a row is neither text nor chat or there are fewer than two.
     """
     name = config.name or "lm"
-    model, tokenizer = load_policy(context.policy, dtype=torch.float32, device=pick_device())
+    model, tokenizer = load_policy(context.policy, device=pick_device())
     types: tuple[type[ChatRow | TextRow], ...] = (ChatRow, TextRow)
     rows, skipped = read_held_out(config.data, types, kind=config.rows, name=name, context=context)
     examples = [

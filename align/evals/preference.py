@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from align.data.batch import Pair
@@ -94,7 +93,7 @@ def _margins(
 
 def _leads(folder: Path, rows: Sequence[PreferenceRow], batch_tokens: int) -> list[float]:
     """log p(chosen) - log p(rejected) of each pair under one policy, in nats."""
-    model, tokenizer = load_policy(folder, dtype=torch.float32, device=pick_device())
+    model, tokenizer = load_policy(folder, device=pick_device())
     pairs: list[Pair] = [render_preference(row, tokenizer) for row in rows]
     examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
     sums = example_logprobs(model, examples, batch_tokens=batch_tokens)

@@ -39,13 +39,13 @@ def open_scorer(
     folder: Path,
     sandbox: SandboxConfig | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     judge: JudgeModel | None = None,
 ) -> InProcessScorer:
     """The artifact's reward model and hierarchy, rendering with the artifact's own tokenizer.
 
     Args:
-        dtype: of the trunk.
+        dtype: of the trunk, as in `RewardModel.load`.
         judge: asked by the rule `judge`.
     """
     tokenizer = open_tokenizer(folder)

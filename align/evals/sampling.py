@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
@@ -65,7 +64,7 @@ class Answers:
 
 def respond(folder: Path, rows: Sequence[PromptRow], *, config: SampledEval, seed: int) -> Answers:
     """Answers of the policy in `folder`; the sampling seeds depend on the row and `seed` only."""
-    model, tokenizer = load_policy(folder, dtype=torch.float32, device=pick_device())
+    model, tokenizer = load_policy(folder, device=pick_device())
     render = render_prompt if config.form == "chat" else render_plain_prompt
     requests = [
         Request(

@@ -53,7 +53,7 @@ def chosen_nll(logprobs: Tensor, weights: Tensor, lengths: Sequence[int]) -> Ten
     """
     sums = sequence_logprobs(logprobs, weights, lengths)[0::2]
     sizes = sequence_logprobs(torch.ones_like(weights), weights, lengths)[0::2]
-    return -(sums / sizes).sum().float()
+    return -(sums / sizes).sum()
 
 
 def dpo_loss(
@@ -92,10 +92,10 @@ def dpo_loss(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float(),
+        "rewards/accuracies": (margins > 0).to(margins),
     }
     return Loss(
-        sum=losses.sum().float(),
+        sum=losses.sum(),
         aux=aux,
         metrics={name: (values.detach().sum(), count) for name, values in measured.items()},
     )

@@ -51,7 +51,7 @@ def reward_loss(
     wanted = lead if margin is None else lead - margin[:, None]
     losses = -(1 - label_smoothing) * logsigmoid(wanted) - label_smoothing * logsigmoid(-wanted)
     losses = losses + centring * (chosen + rejected).square()
-    right = (lead > 0).float() * mask
+    right = (lead > 0) * mask
     metrics = {
         "accuracy": (right.sum(), mask.sum()),
         "margin": ((lead.detach() * mask).sum(), mask.sum()),

@@ -13,7 +13,8 @@ class Loss:
     """One microbatch's share of a loss.
 
     Args:
-        sum: scalar fp32 with a gradient: the sum over whatever the course counts (tokens, pairs).
+        sum: scalar, fp32 or fp64, with a gradient: the sum over whatever the course counts (tokens,
+            pairs).
         aux: scalar: the model's own loss on its routing, a mean over this microbatch's tokens,
             coefficients applied; None for a model without experts.
         metrics: name -> (sum, count), detached scalars; the loop divides after reducing both.

@@ -97,6 +97,15 @@ class GrpoConfig(TrainConfig):
         return self
 
     @model_validator(mode="after")
+    def _samples_in_fp64(self) -> Self:
+        if self.precision == "fp64" and (self.rollout.workers or self.rollout.backend != "native"):
+            raise ValueError(
+                "precision = fp64 with rollout.workers or rollout.backend = vllm, expected the "
+                "native engine in the trainer: they sample in fp32; set one of the two back"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _steps_are_made_of_prompts(self) -> Self:
         unused = {"batch_sequences", "batch_items"} & self.model_fields_set
         if unused:
@@ -190,7 +199,8 @@ class GrpoCourse:
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         out = self._forward(model, batch)
-        behaviour = _given(batch.behaviour_logprobs)
+        behaviour = _given(batch.behaviour_logprobs).to(out.logprobs)
+        taught = _given(batch.advantages).to(out.logprobs)
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
         maxima: dict[str, Tensor] = {}
         ledger: Tensor | None = None
@@ -202,7 +212,7 @@ class GrpoCourse:
             ledger = entries(
                 out.logprobs,
                 behaviour,
-                advantages=_given(batch.advantages),
+                advantages=taught,
                 weights=batch.weights,
                 lengths=batch.packed.lengths,
                 config=self.config.loss,
@@ -215,7 +225,7 @@ class GrpoCourse:
         loss = policy_loss(
             out.logprobs,
             behaviour=behaviour,
-            advantages=_given(batch.advantages),
+            advantages=taught,
             weights=batch.weights,
             lengths=batch.packed.lengths,
             config=self.config.loss,

@@ -100,11 +100,16 @@ def open_start(config: TrainConfig, job: Job) -> tuple[HybridForCausalLM, PreTra
     Trained weights are as optim.weights says; the frozen base under an adapter may be bf16.
 
     Raises:
-        ValueError: if no policy stands there, or it cannot be shared so.
+        ValueError: if no policy stands there, it cannot be shared so, or fp64 is asked of a GPU.
     """
     is_frozen = config.lora is not None and config.precision == "bf16"
-    dtype = torch.bfloat16 if is_frozen or config.optim.weights != "fp32" else torch.float32
+    dtype = torch.bfloat16 if is_frozen else config.weights_dtype
     accelerator, parallel = job.accelerator, config.parallel
+    if config.precision == "fp64" and accelerator.device.type != "cpu":
+        raise ValueError(
+            f"{job.name}: precision = fp64 on {accelerator.device.type}, where some kernels have "
+            "no fp64 form; hide the devices (CUDA_VISIBLE_DEVICES=) or set precision to fp32"
+        )
     # before the weights are read, which takes minutes
     launches.check(config, Launch.of(accelerator))
     model, tokenizer = load_policy(job.start, dtype=dtype, device=accelerator.device)

@@ -122,14 +122,14 @@ class Batch:
             tempered=flags.tempered,
             filtered=flags.filtered,
         )
-        drawn = draw(self.model.logits(out.hidden).float(), knobs, at["position"])
+        drawn = draw(self.model.logits(out.hidden), knobs, at["position"])
         at["tokens"].copy_(drawn.tokens)
         at["lengths"].add_(at["alive"])
         at["position"].add_(at["alive"])
         experts = None
         if flags.experts:
             experts = chosen_experts(out.router_logits, self.model.config.num_experts_per_tok)
-        # fp64 holds token ids and fp32 numbers exactly
+        # fp64 holds token ids exactly
         numbers = (drawn.tokens, drawn.logprobs, drawn.filtered_logprobs, drawn.kept_mass)
         return Out(torch.stack([number.double() for number in numbers]), experts)
 

@@ -100,9 +100,10 @@ class Drawn:
 
     Args:
         tokens: [N] int64.
-        logprobs: [N] fp32, natural log-probability at temperature 1 with nothing filtered.
-        filtered_logprobs: [N] fp32, under the distribution that was sampled from; 0 if greedy.
-        kept_mass: [N] fp32 in (0, 1], probability at the sampling temperature of the kept set.
+        logprobs: [N] in the dtype of the logits, as the next two; natural log-probability at
+            temperature 1 with nothing filtered.
+        filtered_logprobs: [N], under the distribution that was sampled from; 0 if greedy.
+        kept_mass: [N] in (0, 1], probability at the sampling temperature of the kept set.
     """
 
     tokens: Tensor
@@ -159,7 +160,7 @@ def draw(logits: Tensor, knobs: Knobs, positions: Tensor) -> Drawn:
     """One token a row by inverse transform sampling.
 
     Args:
-        logits: [N, V] fp32.
+        logits: [N, V] fp32 or fp64.
         knobs: N rows.
         positions: [N] int64, index of the token in its response, the third counter of its hash.
 
@@ -182,13 +183,15 @@ def draw(logits: Tensor, knobs: Knobs, positions: Tensor) -> Drawn:
     # nan alone is beyond the end
     tokens = tokens.clamp(max=logits.shape[-1] - 1)
     chosen = tokens[:, None]
-    kept_mass = torch.ones_like(knobs.temperature)
+    kept_mass = logits.new_ones(len(logits))
     filtered = tempered.gather(-1, chosen)[:, 0]
     if knobs.filtered:
         # a row that keeps all has mass 1, not the rounded sum that a neighbour's filter asks for
         keeps_all = (knobs.top_p >= 1) & (knobs.top_k == 0) & (knobs.min_p == 0)
-        kept_mass = torch.where(keeps_all, kept_mass, mass.float())
-        filtered = torch.where(keeps_all, filtered, (filtered.double() - mass.log()).float())
+        kept_mass = torch.where(keeps_all, kept_mass, mass.to(logits.dtype))
+        filtered = torch.where(
+            keeps_all, filtered, (filtered.double() - mass.log()).to(logits.dtype)
+        )
     if knobs.greedy:
         is_greedy = knobs.temperature == 0
         tokens = torch.where(is_greedy, logits.argmax(-1), tokens)

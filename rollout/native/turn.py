@@ -170,7 +170,7 @@ class Runner:
             device=self.device,
         )
         first = torch.zeros(len(started), dtype=torch.int64, device=self.device)
-        drawn = draw(torch.stack(rows).float(), knobs, first)
+        drawn = draw(torch.stack(rows), knobs, first)
         numbers = (drawn.tokens, drawn.logprobs, drawn.filtered_logprobs, drawn.kept_mass)
         return _columns(torch.stack([number.double() for number in numbers]))
 

@@ -25,6 +25,7 @@ from align.trainers.grpo import GrpoCourse, Tools
 from align.trainers.lm import FixedCourse, LmConfig, adapted, fit, open_start
 from align.trainers.reward import RewardConfig
 from align.trainers.sft import SftConfig
+from align.update import Precision
 from model.parallel.mesh import ParallelConfig
 from reward.model import RewardModel
 from tests.align import small
@@ -49,6 +50,8 @@ class Run(NamedTuple):
     parallel: ParallelConfig
     lora: LoraConfig | None = None
     start: str = "start"
+    precision: Precision = "fp32"
+    sequence_tokens: int = 128
 
 
 def climb(run: Run) -> None:
@@ -56,7 +59,8 @@ def climb(run: Run) -> None:
     base, folder = run.folder.parent, run.folder
     job = small.job(folder, base / run.start, base=base)
     # 3 rows of 12: the ranks have unlike numbers of microbatches, and in the last step some none
-    shared: dict[str, Any] = {"optim": OPTIM, "parallel": run.parallel, "sequence_tokens": 128}
+    shared: dict[str, Any] = {"optim": OPTIM, "parallel": run.parallel}
+    shared |= {"precision": run.precision, "sequence_tokens": run.sequence_tokens}
     shape = {**shared, "batch_items": 5, "lora": run.lora}
     if run.kind == "lm":
         lm.run(LmConfig(data=(texts(base),), **shape | {"sequence_tokens": 24}), job)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from model.kernels.cpu import passes
 from reward.hierarchy import HIERARCHY
 from reward.model import RewardModel
 from reward.scorer import InProcessScorer, load_scorer
@@ -59,6 +62,19 @@ def test_a_score_does_not_depend_on_batching():
         for one, other in zip(whole, scorer(batch_tokens=size).score(items), strict=True):
             assert one.value == pytest.approx(other.value, abs=1e-6)
     assert scorer().score([]) == []
+
+
+@pytest.mark.skipif(passes.library() is None, reason="model/kernels/cpu was not built")
+@pytest.mark.parametrize("hierarchy", [HIERARCHY, LEARNED])
+def test_on_a_cpu_no_bit_of_a_score_depends_on_its_company(hierarchy):
+    judge = scorer(tiny(hierarchy))
+    lengths = random.Random(0).choices(range(1, 300), k=40)
+    items = [item("".join(map(chr, range(65, 65 + n)))) for n in lengths]
+    whole = judge.score(items)
+    for size in (1, 3, 16):
+        parts = [items[start : start + size] for start in range(0, len(items), size)]
+        assert [score for part in parts for score in judge.score(part)] == whole
+    assert judge.score(items[::-1])[::-1] == whole
 
 
 def test_a_conversation_longer_than_the_limit_is_not_scored():

@@ -39,7 +39,7 @@ def lightning_attention(
     Args:
         q, k, v: [T, H, D] of one dtype, bf16, fp16, fp32 or fp64, no scaling applied here; views
             with any strides are read in place as long as D is dense.
-        slopes: [H] fp32, >= 0; one step multiplies the state by exp(-slope).
+        slopes: [H] fp32 (fp64 for q in fp64), >= 0; one step multiplies the state by exp(-slope).
         lengths: tokens of each of the S sequences, >= 1, sum T; the state is zero at each start
             unless an initial state is given.
         initial_state: [S, H, D, D] fp32.
@@ -100,7 +100,7 @@ def lightning_step(
 
     Args:
         q, k, v: [S, H, D] of one dtype.
-        slopes: [H] fp32, >= 0.
+        slopes: [H] fp32 (fp64 for q in fp64), >= 0.
         states: [N, H, D, D] fp32, dense in all but the first dim; slot index[s] is replaced by
             exp(-slope) state + k_s^T v_s.
         index: [S] int64, no slot twice.

@@ -104,7 +104,7 @@ def test_behaviour_of_the_engine_makes_a_ratio_of_one_up_to_rounding(tmp_path: P
     made = course(config(behaviour="engine"), small.job(tmp_path), model)
     for batch in made.step(0).batches:
         exact = model(packed=batch.packed, targets=batch.targets).logprobs.detach()
-        gaps = (exact - batch.behaviour_logprobs) * batch.weights
+        gaps = (exact - batch.behaviour_logprobs.to(exact)) * batch.weights
         assert 0 < gaps.abs().max() < 1e-4
         found = made.loss(model, batch).maxima["ratio/max"]
         torch.testing.assert_close(found, gaps.exp().max())
