@@ -6,7 +6,7 @@ them in different threads and packs the items of several callers; `score` is all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,16 +127,16 @@ class InProcessScorer:
         if self._model is None:
             return [self.combine(found, None) for found in rules]
         encoded = [self.encode(item) for item in items]
-        fitting = [place for place, one in enumerate(encoded) if not self.too_long(one)]
-        heads: dict[int, Heads] = {}
-        for batch in self._batches(encoded, fitting):
-            read = self.read_heads([encoded[place] for place in batch])
-            heads.update(zip(batch, read, strict=True))
+        # a group's samples are often the same text: read once, and equal to the last bit
+        fitting = dict.fromkeys(one for one in encoded if not self.too_long(one))
+        heads: dict[Encoded, Heads] = {}
+        for batch in self._batches(fitting):
+            heads.update(zip(batch, self.read_heads(batch), strict=True))
         return [
-            self.combine(found, heads[place])
-            if place in heads
-            else self.unknown(found, self.too_long(encoded[place]))
-            for place, found in enumerate(rules)
+            self.combine(found, heads[one])
+            if one in heads
+            else self.unknown(found, self.too_long(one))
+            for one, found in zip(encoded, rules, strict=True)
         ]
 
     def rule_signals(self, items: Sequence[Item]) -> list[dict[str, Verdict]]:
@@ -238,15 +238,15 @@ class InProcessScorer:
         """The score of an item that the reward model could not read: none."""
         return Score(0.0, signals=dict(rules), valid=False, reason=reason, version=self.version)
 
-    def _batches(self, encoded: Sequence[Encoded], places: Sequence[int]) -> Iterator[list[int]]:
-        batch: list[int] = []
+    def _batches(self, encoded: Iterable[Encoded]) -> Iterator[list[Encoded]]:
+        batch: list[Encoded] = []
         size = 0
-        for place in places:
-            length = len(encoded[place].tokens)
+        for one in encoded:
+            length = len(one.tokens)
             if batch and size + length > self._batch_tokens:
                 yield batch
                 batch, size = [], 0
-            batch.append(place)
+            batch.append(one)
             size += length
         if batch:
             yield batch

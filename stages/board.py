@@ -123,19 +123,13 @@ class Board:
         return found
 
     def _due(self, name: str) -> list[Any]:
-        """Evals that run on a stage: those it aims at, and on a policy all general ones.
-
-        An eval of reward models, or one that compares a policy with its parent, speaks about the
-        stages that aim at it and runs on no other.
-        """
-        stages, evals = self.recipe.stages, self.recipe.evals
-        of_rewards = {n for s in stages if s.kind.gives == "reward" for n in s.head.evals}
-        of_rewards -= {n for s in stages if s.kind.gives == "policy" for n in s.head.evals}
-        general = {n for n, config in evals.items() if not config.is_relative} - of_rewards
-        aims = set() if name == MODEL else set(self.recipe.stage(name).head.evals)
-        gives = "policy" if name == MODEL else self.recipe.stage(name).kind.gives
-        due = aims | (general if gives == "policy" else set())
-        return [config for key, config in evals.items() if key in due]
+        """Evals that run on a stage: those it aims at, and on a policy the general ones from where
+        they begin."""
+        recipe = self.recipe
+        due = set() if name == MODEL else set(recipe.stage(name).head.evals)
+        if name == MODEL or recipe.stage(name).kind.gives == "policy":
+            due |= {n for n in general_evals(recipe) if recipe.is_asked(n, name)}
+        return [config for key, config in recipe.evals.items() if key in due]
 
     def _inputs(self, name: str, finished: Mapping[str, Finished]) -> dict[str, str]:
         """Stages by role that an eval of this one may read; the stage's own judge comes first."""
@@ -183,6 +177,18 @@ class Board:
         kept = {"stage": name, "key": key, "result": json.loads(result.to_json())}
         write_atomic(file, dump_json(kept))
         return result
+
+
+def general_evals(recipe: Recipe) -> set[str]:
+    """Names of the evals that every policy can be asked.
+
+    An eval of reward models, or one that compares a policy with its parent, speaks about the stages
+    that aim at it and runs on no other.
+    """
+    stages = recipe.stages
+    of_rewards = {n for s in stages if s.kind.gives == "reward" for n in s.head.evals}
+    of_rewards -= {n for s in stages if s.kind.gives == "policy" for n in s.head.evals}
+    return {n for n, config in recipe.evals.items() if not config.is_relative} - of_rewards
 
 
 def needs_reward(config: Any) -> bool:

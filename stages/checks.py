@@ -11,7 +11,7 @@ from align.launches import Launch, idle, misfit
 from align.loop import TrainConfig
 from model.config import PRESETS, preset
 from stages.artifact import START
-from stages.board import needs_reward
+from stages.board import general_evals, needs_reward
 from stages.document import Document, Keys, nearest
 from stages.inputs import models_of, sources_of
 from stages.recipe import BASES, MODEL, Recipe, Stage
@@ -179,6 +179,32 @@ def _check_evals(recipe: Recipe) -> None:
                 raise recipe.document.error(
                     ("stages", stage.index, "evals", index),
                     f"no eval of the recipe has this name; {nearest(name, recipe.evals)}",
+                )
+    _check_first_asked(recipe)
+
+
+def _check_first_asked(recipe: Recipe) -> None:
+    """An eval's `from` is a policy's, means something, and leaves no aim without a number before
+    it."""
+    general = general_evals(recipe)
+    policies = [stage.name for stage in recipe.stages if stage.kind.gives == "policy"]
+    for index, (name, first) in enumerate(recipe.asked_from.items()):
+        keys: Keys = ("evals", index, "from")
+        if first != MODEL and first not in policies:
+            raise recipe.document.error(
+                keys, f"no stage of this name trains a policy; {nearest(first, policies)}"
+            )
+        if first != MODEL and name not in general:
+            raise recipe.document.error(
+                keys, "this eval runs on the stages that aim at it only; remove the key"
+            )
+    for stage in recipe.stages:
+        for index, name in enumerate(stage.head.evals):
+            if name in general and not recipe.is_asked(name, stage.head.start):
+                raise recipe.document.error(
+                    ("stages", stage.index, "evals", index),
+                    f"is asked from {recipe.asked_from[name]} on, so {stage.head.start} has no "
+                    f"number to rise from; set the eval's `from` to {stage.head.start}",
                 )
 
 

@@ -157,6 +157,16 @@ class StageHead(BaseModel):
         return self
 
 
+class EvalHead(BaseModel):
+    """What a recipe says of an eval beside what it measures."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start: str = Field(default=MODEL, alias="from")
+    """First policy that is asked: this stage, then all that come from it; `model` asks every one.
+    For what the policies before it cannot do at all, and so cannot lose."""
+
+
 class RecipeHead(BaseModel):
     """Everything of a recipe but its stages and evals, which are read one by one."""
 
@@ -222,10 +232,12 @@ class Recipe:
 
     Args:
         evals: eval configs by name, in the order of the file.
+        asked_from: by name of the eval, the first policy that it is asked of.
     """
 
     head: RecipeHead
     evals: Mapping[str, Any]
+    asked_from: Mapping[str, str]
     stages: tuple[Stage, ...]
     document: Document = field(repr=False)
 
@@ -245,14 +257,26 @@ class Recipe:
         known = [stage.name for stage in self.stages]
         raise ValueError(f"no stage is named '{name}' in this recipe; {nearest(name, known)}")
 
+    def is_asked(self, name: str, policy: str) -> bool:
+        """Whether this stage, or `model`, is the first policy that eval `name` is asked of, or
+        comes from it."""
+        first = self.asked_from[name]
+        while policy not in (first, MODEL):
+            policy = self.stage(policy).head.start
+        return policy == first
+
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as JSON values: sets applied, variables replaced, defaults written."""
+        evals = [
+            {**config.model_dump(mode="json", by_alias=True), "from": self.asked_from[name]}
+            for name, config in self.evals.items()
+        ]
         return {
             "name": self.name,
             "seed": self.head.seed,
             "sandbox": self.head.sandbox.model_dump(mode="json"),
             "model": self.head.model.model_dump(mode="json", by_alias=True),
-            "evals": [e.model_dump(mode="json", by_alias=True) for e in self.evals.values()],
+            "evals": evals,
             "stages": [stage.resolved() for stage in self.stages],
         }
 
@@ -279,8 +303,11 @@ def load_recipe(
     document = read_document(file, sets)
     head = validate(document, (), document.data, RecipeHead)
     evals: dict[str, Any] = {}
+    asked_from: dict[str, str] = {}
     for index, written in enumerate(head.evals):
-        config = validate(document, ("evals", index), written, eval_config)
+        about, rest = _split(written, EvalHead)
+        start = validate(document, ("evals", index), about, EvalHead).start
+        config = validate(document, ("evals", index), rest, eval_config)
         if not config.name:
             raise document.error(
                 ("evals", index, "name"),
@@ -290,9 +317,9 @@ def load_recipe(
             raise document.error(
                 ("evals", index), f"two evals are named '{config.name}'; give one another name"
             )
-        evals[config.name] = config
+        evals[config.name], asked_from[config.name] = config, start
     stages = [_stage(document, index, kinds, head) for index in range(len(head.stages))]
-    return Recipe(head, evals, tuple(stages), document)
+    return Recipe(head, evals, asked_from, tuple(stages), document)
 
 
 def _stage(document: Document, index: int, kinds: Mapping[str, Kind], recipe: RecipeHead) -> Stage:
@@ -300,15 +327,23 @@ def _stage(document: Document, index: int, kinds: Mapping[str, Kind], recipe: Re
     written = document.data["stages"][index]
     if not isinstance(written, dict):
         raise document.error(keys, "expected a mapping with name and kind; indent its keys")
-    shared = {name for f, i in StageHead.model_fields.items() for name in (i.alias or f,)}
-    head = validate(document, keys, {k: v for k, v in written.items() if k in shared}, StageHead)
+    about, own = _split(written, StageHead)
+    head = validate(document, keys, about, StageHead)
     if head.kind not in kinds:
         raise document.error((*keys, "kind"), f"no such kind; {nearest(head.kind, kinds)}")
     kind = kinds[head.kind]
-    own = {k: v for k, v in written.items() if k not in shared}
     if "precision" in kind.config.model_fields and "precision" in recipe.model_fields_set:
         own.setdefault("precision", recipe.precision)
     return Stage(head, kind, validate(document, keys, own, kind.config), index)
+
+
+def _split(written: Any, head: type[BaseModel]) -> tuple[Any, Any]:
+    """Keys that are the head's and those that are not; what is no mapping is refused later."""
+    if not isinstance(written, dict):
+        return {}, written
+    shared = {field.alias or name for name, field in head.model_fields.items()}
+    about = {key: value for key, value in written.items() if key in shared}
+    return about, {key: value for key, value in written.items() if key not in shared}
 
 
 def dump_json(value: Any) -> str:

@@ -77,6 +77,19 @@ def test_on_a_cpu_no_bit_of_a_score_depends_on_its_company(hierarchy):
     assert judge.score(items[::-1])[::-1] == whole
 
 
+def test_equal_conversations_are_read_once_and_score_the_same(monkeypatch):
+    judge = scorer(batch_tokens=30)
+    read, inner = [], judge.read_heads
+    monkeypatch.setattr(judge, "read_heads", lambda batch: read.extend(batch) or inner(batch))
+    items = [item(text) for text in ("55", "7", "55", "555555", "7", "55")]
+    scores = judge.score(items)
+    assert [len(one.tokens) for one in read] == [7, 6, 11]
+    assert scores[0] == scores[2] == scores[5]
+    assert scores[1] == scores[4]
+    alone = [scorer().score([one])[0].value for one in items]
+    assert [score.value for score in scores] == pytest.approx(alone, abs=1e-6)
+
+
 def test_a_conversation_longer_than_the_limit_is_not_scored():
     short, long = scorer(max_tokens=10).score([item("5"), item("5" * 20)])
     assert short.valid

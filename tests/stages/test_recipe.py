@@ -162,6 +162,21 @@ BAD = {
         ONE + "    evals: [maths]\nevals: [{kind: task, name: math}]\n",
         "r.yaml:6: sft.evals.0 = maths: no eval of the recipe has this name; did you mean 'math'?",
     ),
+    "eval from an unknown stage": (
+        ONE + "evals: [{kind: task, name: math, from: sfd}]\n",
+        "r.yaml:6: evals.math.from = sfd: no stage of this name trains a policy; did you mean "
+        "'sft'?",
+    ),
+    "from on an eval that compares with the parent": (
+        ONE + "evals: [{kind: task, name: math, is_relative: true, from: sft}]\n",
+        "r.yaml:6: evals.math.from = sft: this eval runs on the stages that aim at it only; "
+        "remove the key",
+    ),
+    "aim without a number before it": (
+        ONE + "    evals: [math]\nevals: [{kind: task, name: math, from: sft}]\n",
+        "r.yaml:6: sft.evals.0 = math: is asked from sft on, so model has no number to rise from; "
+        "set the eval's `from` to model",
+    ),
     "unknown kind of eval": (
         ONE + "evals: [{kind: tusk, name: math}]\n",
         "r.yaml:6: evals.math: kind: tusk is not known; did you mean 'task'?",

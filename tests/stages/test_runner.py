@@ -222,6 +222,18 @@ def test_the_table_marks_gains_losses_and_aims(recipe: Path):
     assert [stage["name"] for stage in kept["stages"]][-1] == "grpo"
 
 
+def test_an_eval_is_asked_from_its_first_policy_on(recipe: Path):
+    report, said = run(recipe, "evals.depth.from=sft-short", "sft-short.evals=[]")
+    rows = {(row.stage, row.eval): row for row in report.rows}
+    assert "eval depth on model" not in said
+    assert rows["sft-short", "depth"].change is None
+    assert rows["sft-long", "depth"].change.value == pytest.approx(1.0)
+    assert rows["grpo", "depth"].change is not None
+    changed, said = run(recipe, "evals.depth.from=dpo-short", "sft-short.evals=[]")
+    assert {row.stage for row in changed.rows if row.eval == "depth"} == {"dpo-short", "grpo"}
+    assert not [line for line in said if line.startswith("eval depth")]
+
+
 def test_the_manifest_says_what_the_artifact_is_made_of(recipe: Path):
     run(recipe)
     at = recipe.parent / "run"
