@@ -40,7 +40,7 @@ from model.parallel.mesh import ParallelConfig, open_mesh
 from rollout.sync import weights
 from tests.align import small
 from tests.align.processes import shard_weights
-from tests.align.trainers.test_grpo import ShareScorer, config, prompts
+from tests.align.trainers.grpo_setting import ShareScorer, config, prompts
 
 torch.set_num_threads(1)
 folder, kill_at, sequence = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
