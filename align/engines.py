@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from align.course import Job
 from align.prompts import open_engine
-from align.proof import prove
+from align.proof import prove, prove_push
 from align.vllm_source import VllmSource
 from model import HybridForCausalLM
-from rollout.canary import Canary, check_sums, trainer_score
+from rollout.canary import Canary, trainer_score
 from rollout.client import RemoteEngine
 from rollout.native.engine import NativeEngine
 from rollout.remote import BrokenPushError
@@ -177,7 +177,9 @@ class CopySource:
         autocast: torch.dtype | None,
     ) -> None:
         self._policy, self._open_on = policy, open_on
-        self._canary, self._autocast = canary, autocast
+        self._prove = partial(
+            prove_push, policy=policy, canary=canary, autocast=autocast, where="the copy"
+        )
         self._version = -1
 
     @cached_property
@@ -193,23 +195,14 @@ class CopySource:
         """Pushes the policy as it is now, unless the copy holds this version, and proves it.
 
         Raises:
-            ProofError: naming the first tensor that the copy does not hold as it was sent, or if it
-                holds all of them and does not sample from the trainer's policy.
+            ProofError: as `prove_push`.
         """
         if version == self._version:
             return
         sent: dict[str, str] = {}
         self.engine.update_weights(self._sent(sent), version)
         held = checksums(parts(self.engine.model))
-        check_sums(sent, held, version=version, where="the copy")
-        prove(
-            self.engine,
-            self._policy,
-            self._canary,
-            version=version,
-            autocast=self._autocast,
-            sums=lambda: (sent, held),
-        )
+        self._prove(self.engine, version, lambda: (sent, held))
         self._version = version
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import nn
 
-from rollout.canary import Canary, Sums, trainer_score
+from rollout.canary import Canary, Sums, check_sums, trainer_score
 from rollout.types import Engine
 
 
@@ -44,3 +44,27 @@ def prove(
         for place, done in enumerate(answers)
     ]
     return max(gaps)
+
+
+def prove_push(
+    engine: Engine,
+    version: int,
+    sums: Sums,
+    *,
+    policy: nn.Module,
+    canary: Canary,
+    autocast: torch.dtype | None,
+    where: str,
+) -> None:
+    """Proves a copy that was just pushed: every tensor as it was sent, then as `prove`.
+
+    Args:
+        sums: of what was sent and of what the engine holds.
+        where: who holds the copy, for the message.
+
+    Raises:
+        ProofError: naming the first tensor that the engine does not hold as it was sent, or if it
+            holds all of them and does not sample from the trainer's policy.
+    """
+    check_sums(*sums(), version=version, where=where)
+    prove(engine, policy, canary, version=version, autocast=autocast, sums=sums)

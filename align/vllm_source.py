@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from align.proof import prove
+from align.proof import prove_push
 from model import HybridForCausalLM
-from rollout.canary import Canary, check_sums
+from rollout.canary import Canary
 from rollout.sync import checksums, weights
 from rollout.vllm_backend import VllmEngine
 
@@ -37,7 +38,9 @@ class VllmSource:
         autocast: torch.dtype | None = None,
         canary: Canary,
     ) -> None:
-        self._canary, self._autocast = canary, autocast
+        self._prove = partial(
+            prove_push, policy=policy, canary=canary, autocast=autocast, where="vllm"
+        )
         plain = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         assert isinstance(plain, HybridForCausalLM), "adapters wrap the project's own model"
         self._policy, self._dtype = policy, autocast or torch.float32
@@ -53,21 +56,12 @@ class VllmSource:
         """Pushes the policy as it is now, unless the engine holds this version, and proves it.
 
         Raises:
-            ProofError: naming the first tensor that the engine does not hold as it was sent, or if
-                it holds all of them and does not sample from the trainer's policy.
+            ProofError: as `prove_push`.
         """
         if version == self.engine.policy_version:
             return
         self.engine.update_weights(self._sent(), version)
-        check_sums(*self._sums(), version=version, where="vllm")
-        prove(
-            self.engine,
-            self._policy,
-            self._canary,
-            version=version,
-            autocast=self._autocast,
-            sums=self._sums,
-        )
+        self._prove(self.engine, version, self._sums)
 
     def _sums(self) -> tuple[dict[str, str], dict[str, str]]:
         return checksums(self._sent()), checksums(self.engine.weights())

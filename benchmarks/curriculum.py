@@ -24,14 +24,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -41,33 +38,17 @@ from rich.console import Console
 from rich.table import Table
 
 from align.course import Job
-from align.data.files import parse, read_file
-from align.data.refusals import refusal_pairs
 from align.data.render import render_preference
-from align.data.rows import ChatRow, PreferenceRow, TextRow
-from align.data.sources import DataConfig, prompt_text, read_rows
-from align.data.supply import write_rows
 from align.data.tokenizer import train_tokenizer
 from align.evals.reward_artifact import open_tokenizer
 from align.pairs import BUCKETS, pair_facts, pair_leads, won
 from align.policy import save_policy
 from align.trainers import lm, reward
+from benchmarks.curriculum_rows import SOURCES, dev_rows, prepare, source
 from model import HybridForCausalLM, preset
 from reward.curriculum import CurriculumConfig, difficulty
 from reward.model import RewardModel
 
-# name -> file, and what its labels speak about
-SOURCES = {
-    "hh": ("preference/hh_harmless_base.jsonl.gz", "harmlessness"),
-    "polite": ("preference/llms_from_scratch_pref.jsonl.gz", "style"),
-    "pandalm": ("preference/pandalm_testset_v1.jsonl.gz", "quality"),
-    "tulu": ("preference/tulu_human_eval.jsonl.gz", "helpfulness"),
-    "llmeval2": ("preference/llmbar_processed_llmeval2.jsonl.gz", "overall"),
-    "mtbench": ("preference/llmbar_processed_mtbench.jsonl.gz", "overall"),
-}
-REFUSALS = ("gpt4", "llama2orig", "mistralinstruct")
-TEXTS = ("text/wikitext2_valid.txt.gz", "longctx/books/frankenstein.txt.gz")
-CHATS = ("sft/llms_from_scratch_instructions.jsonl", "sft/gpteacher_roleplay.jsonl.gz")
 TREE = {
     "name": "people",
     "gate": "learned",
@@ -85,59 +66,7 @@ ARMS: dict[str, Any] = {
 # By arm and seed: metrics, what the record says by quarter, difficulty and lead of held-out pairs.
 Runs = Mapping[tuple[str, int], Any]
 RUNS_FILE = "runs.jsonl"
-DEV_SHARE = 0.2
 CAPACITY = 4096
-
-
-def side(row: PreferenceRow) -> str:
-    """train or dev, by the letters and digits of what was asked."""
-    text = re.sub("[^a-z0-9]", "", prompt_text(row).lower())
-    digest = blake2b(text.encode(), digest_size=8).digest()
-    return "dev" if int.from_bytes(digest) < DEV_SHARE * 2**64 else "train"
-
-
-def prepare(data: Path, folder: Path, limit: int) -> None:
-    """Both sides of every source, the refusal pairs, and the base's texts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts: list[ChatRow | TextRow] = []
-    for name, (file, signal) in SOURCES.items():
-        source = DataConfig(
-            path=file,
-            name=name,
-            split="all",
-            signal=signal,
-            ties="skip",
-            on_bad_row="skip",
-            limit=limit,
-        )
-        rows = [
-            row
-            for row in read_rows(source, base=data, inputs={}, seed=0, kind="preference")
-            if isinstance(row, PreferenceRow)
-        ]
-        for part in ("train", "dev"):
-            write_rows(folder / f"{name}.{part}.jsonl", [row for row in rows if side(row) == part])
-        texts += [
-            ChatRow((*row.prompt, *answer), row.origin)
-            for row in rows
-            if side(row) == "train"
-            for answer in (row.chosen, row.rejected)
-        ]
-    records = [
-        (parse(raw), raw.place)
-        for name in REFUSALS
-        for raw in read_file(name, data / f"safety/xstest_completions_{name}.jsonl.gz", 1)
-    ]
-    for kind, pairs in refusal_pairs(records, "harmlessness").items():
-        write_rows(folder / f"xstest-{kind}.dev.jsonl", pairs[: limit or None])
-    for file in (*TEXTS, *CHATS):
-        kind = "text" if file in TEXTS else "chat"
-        source = DataConfig(path=file, split="all", on_bad_row="skip", limit=limit)
-        for row in read_rows(source, base=data, inputs={}, seed=0, kind=kind):
-            assert isinstance(row, ChatRow | TextRow)
-            texts.append(row)
-    write_rows(folder / "chats.jsonl", [row for row in texts if isinstance(row, ChatRow)])
-    write_rows(folder / "texts.jsonl", [row for row in texts if isinstance(row, TextRow)])
 
 
 def job_of(folder: Path, name: str, start: Path, seed: int) -> Job:
@@ -236,17 +165,6 @@ def train(folder: Path, arm: str, seed: int, options: argparse.Namespace) -> Non
         f"{metrics['before/accuracy']:.3f} -> {metrics['after/accuracy']:.3f}",
         flush=True,
     )
-
-
-def source(name: str, part: str) -> dict[str, Any]:
-    keys = {"path": f"{name}.{part}.jsonl", "name": name, "split": "all", "too_long": "skip"}
-    return {**keys, "on_bad_row": "skip"}
-
-
-def dev_rows(folder: Path, name: str) -> list[PreferenceRow]:
-    given = DataConfig(path=f"{name}.dev.jsonl", split="all", on_bad_row="skip")
-    rows = read_rows(given, base=folder, inputs={}, seed=0, kind="preference")
-    return [replace(row, margin=row.margin) for row in rows if isinstance(row, PreferenceRow)]
 
 
 def pacing_told(artifact: Path) -> dict[str, list[float]]:

@@ -175,6 +175,14 @@ def _base(layer: Any) -> nn.Module:
     return cast(nn.Module, layer)
 
 
+def half_updated(version: int) -> str:
+    """What an engine says from the beginning of an update until all of it has come."""
+    return (
+        f"engine: the update to version {version} broke off, so its weights are of two versions; "
+        "call update_weights again with a complete stream"
+    )
+
+
 @torch.no_grad()
 def copy_weights(model: nn.Module, stream: Stream) -> None:
     """Copies a stream into a model's weights in place, by name and completely.

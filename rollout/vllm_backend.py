@@ -20,6 +20,7 @@ from torch import Tensor
 from model import HybridConfig
 from model.config_layouts import write_config
 from model.layouts import HEAD, tensor_names
+from rollout.sync import half_updated
 from rollout.types import Completion, Finish, Request
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ class VllmEngine:
         try:
             from vllm import LLM
         except ModuleNotFoundError as error:
-            raise RuntimeError("vllm is not installed; pip install hybrid-align[vllm]") from error
+            raise RuntimeError(
+                "vllm is not installed; run pip install -e '.[vllm]' in the project's folder"
+            ) from error
         from rollout.vllm_plugin import register
         from rollout.vllm_plugin.draws import Draws
 
@@ -123,10 +126,7 @@ class VllmEngine:
             ValueError: naming the first tensor that is unexpected, misshapen or missing. Weights
                 already copied stay, so the engine refuses to generate until a whole update.
         """
-        self._fault = (
-            f"engine: the update to version {version} broke off, so its weights are of two "
-            "versions; call update_weights again with a complete stream"
-        )
+        self._fault = half_updated(version)
         wanted = dict.fromkeys(tensor_names(self.config, "native"))
 
         def counted() -> Iterator[tuple[str, Tensor]]:

@@ -63,7 +63,7 @@ def extra(name: str, packages: tuple[str, ...]) -> Iterator[None]:
         if error.name not in packages:
             raise
         raise RuntimeError(
-            f"{error.name} is not installed; pip install hybrid-align[{name}]"
+            f"{error.name} is not installed; run pip install -e '.[{name}]' in the project's folder"
         ) from error
 
 

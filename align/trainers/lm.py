@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from align.course import Course, Job, Outcome, Step
 from align.data.batch import Batch
 from align.data.loader import PackedData, place_of
 from align.data.sources import DataConfig
-from align.data.supply import supply_texts
+from align.data.supply import Supplied, supply_texts
 from align.launches import Launch
 from align.loop import TrainConfig, train
 from align.lora import apply_lora
@@ -30,11 +31,16 @@ from model.parallel.apply import parallelize
 from model.parallel.mesh import open_mesh
 
 
-class LmConfig(TrainConfig):
-    """Next-token training on text rows, every token of which is trained."""
+class RowsConfig(TrainConfig):
+    """Training on rows that are known beforehand."""
 
     data: tuple[DataConfig, ...] = Field(min_length=1)
     """Where the rows come from, and how much of each."""
+
+
+class LmConfig(RowsConfig):
+    """Next-token training on text rows, every token of which is trained."""
+
     backend: Literal["native"] = "native"
     """Whose trainer runs the stage; TRL has none for plain text."""
 
@@ -150,8 +156,17 @@ def run(config: LmConfig, job: Job) -> Outcome:
         ValueError: if a row, a file or the starting policy is not what it should be.
         RuntimeError: as `align.loop.train`.
     """
+    return run_rows(config, job, supply_texts)
+
+
+def run_rows(
+    config: RowsConfig,
+    job: Job,
+    supply: Callable[[RowsConfig, Job, PreTrainedTokenizerBase], Supplied],
+) -> Outcome:
+    """As `run`, on what `supply` makes of the config's rows."""
     model, tokenizer = open_start(config, job)
-    data, sources = supply_texts(config, job, tokenizer)
+    data, sources = supply(config, job, tokenizer)
     course = LmCourse(data, job.accelerator, ranks_per_row=config.parallel.sequence)
     metrics = fit(course, adapted(model, config, job), tokenizer, config=config, job=job)
     return Outcome(metrics, sources)

@@ -22,7 +22,7 @@ from rollout.native.prefix import Prefixes
 from rollout.native.scheduler import Limits, Scheduler, Stats, refuse_unless_it_fits
 from rollout.native.sequence import Decode, Sample
 from rollout.native.turn import Flight, Runner, evaluating
-from rollout.sync import copy_weights
+from rollout.sync import copy_weights, half_updated
 from rollout.types import Completion, Request, Token
 
 
@@ -249,10 +249,7 @@ class NativeEngine:
             ValueError: naming the first tensor that is unexpected, misshapen or missing. Weights
                 already copied stay, so the engine refuses to generate until a whole update.
         """
-        self._fault = (
-            f"engine: the update to version {version} broke off, so its weights are of two "
-            "versions; call update_weights again with a complete stream"
-        )
+        self._fault = half_updated(version)
         copy_weights(self.model, stream)
         self.policy_version = version
         self._fault = ""

@@ -29,12 +29,15 @@ from align.update import Precision
 from model.parallel.mesh import ParallelConfig
 from reward.model import RewardModel
 from tests.align import small
-from tests.align.trainers import test_grpo
+from tests.align.trainers import grpo_setting
 from tests.align.trainers.test_dpo import preferences
 from tests.align.trainers.test_lm import chats, texts
 from tests.align.trainers.test_reward import TREE, write_pairs
 from tests.helpers import assert_close
 from tests.model.parallel.world import world
+
+# one worker starts the server that these tests fork from
+pytestmark = pytest.mark.xdist_group("world")
 
 # Adam's first steps are signs of gradients, which would turn last bits near 0 into whole steps; a
 # large eps makes them linear
@@ -76,11 +79,11 @@ def climb(run: Run) -> None:
         loss = PolicyLossConfig(objective="grpo")
         more: dict[str, Any] = {"epochs": 2, "max_steps": 0, "updates_per_rollout": 2}
         more |= {"scale": "batch", "prompts_per_step": 3, "loss": loss, "lora": run.lora}
-        config = test_grpo.config(**shared, **more)
+        config = grpo_setting.config(**shared, **more)
         model = adapted(open_start(config, job)[0], config, job)
-        tools = Tools(small.tokenizer(), test_grpo.ShareScorer())
+        tools = Tools(small.tokenizer(), grpo_setting.ShareScorer())
         course = GrpoCourse(
-            config, job, policy=model, reference=None, prompts=test_grpo.prompts(), tools=tools
+            config, job, policy=model, reference=None, prompts=grpo_setting.prompts(), tools=tools
         )
         fit(course, model, small.tokenizer(), config=config, job=job)
     job.accelerator.wait_for_everyone()
@@ -188,7 +191,7 @@ def test_four_processes_share_rows_experts_and_data(tmp_path: Path):
     ],
 )
 def test_what_cannot_be_shared_is_refused(config: type[TrainConfig], keys: Any, told: str):
-    data = {} if config is TrainConfig else {"data": test_grpo.DATA}
+    data = {} if config is TrainConfig else {"data": grpo_setting.DATA}
     with pytest.raises(ValidationError, match=told):
         config(**{"parallel": {"sequence": 2}} | data | keys)
 

@@ -14,7 +14,7 @@ from rollout.native.engine import NativeEngine
 from rollout.sync import copy_weights, weights
 from tests.align import small
 from tests.align.faults import FAULTS, adapted, spoiled
-from tests.align.trainers.test_grpo import config, course
+from tests.align.trainers.grpo_setting import config, course
 from tests.rollout.live import make_worker, served
 
 

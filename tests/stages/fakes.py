@@ -12,11 +12,14 @@ from typer.testing import CliRunner, Result
 
 from align.course import Job, Outcome
 from align.data.sources import DataConfig
+from align.data.tokenizer import train_tokenizer
 from align.evals.types import EvalResult
 from reward.sandbox import SandboxConfig
 from stages.cli import app
 from stages.recipe import Kind, ModelConfig, Recipe, load_recipe
 from stages.runner import Ground
+
+TOKENIZER = train_tokenizer(["what is two and three? five, of course, said the cat"] * 4, 290)
 
 
 class FakeOptim(BaseModel):

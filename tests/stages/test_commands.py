@@ -9,31 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.data.tokenizer import train_tokenizer
-from align.lora import LoraConfig, apply_lora
-from align.policy import load_policy, save_policy
-from model import HybridForCausalLM, Packed, preset
-from reward.hierarchy import HIERARCHY
-from reward.model import RewardModel
+from align.policy import load_policy
+from model import Packed
 from tests.stages.fakes import align
-
-TOKENIZER = train_tokenizer(["what is two and three? five, of course, said the cat"] * 4, 290)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("policy")
-    torch.manual_seed(0)
-    shape = preset(
-        "tiny",
-        vocab_size=290,
-        hidden_size=32,
-        num_hidden_layers=2,
-        layer_types=["linear_attention", "full_attention"],
-        eos_token_id=TOKENIZER.eos_token_id,
-    )
-    save_policy(HybridForCausalLM(shape), TOKENIZER, folder / "full")
-    return folder / "full"
 
 
 def test_generate_answers_and_is_the_same_under_a_seed(policy: Path):
@@ -60,35 +38,22 @@ def test_a_folder_that_is_no_policy_is_the_users_error(tmp_path: Path):
     assert "no config.json, expected a policy" in result.stderr
 
 
-def test_export_merges_what_was_trained_into_a_plain_checkpoint(policy: Path, tmp_path: Path):
-    model, tokenizer = load_policy(policy)
-    adapted = apply_lora(model, LoraConfig(rank=2, alpha=4), seed=0)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    save_policy(adapted, tokenizer, policy.parent / "adapter", base=policy)
+def test_export_merges_what_was_trained_into_a_plain_checkpoint(
+    policy: Path, adapter: Path, tmp_path: Path
+):
     out = tmp_path / "checkpoint"
-    result = align("export", str(policy.parent / "adapter"), str(out))
+    result = align("export", str(adapter), str(out))
     assert result.exit_code == 0, result.stderr
     packed = Packed.from_sequences([[5, 6, 7, 8]])
     targets = packed.tokens.roll(-1)
     merged = AutoModelForCausalLM.from_pretrained(out)(packed=packed, targets=targets)
-    chain = load_policy(policy.parent / "adapter")[0](packed=packed, targets=targets)
+    chain = load_policy(adapter)[0](packed=packed, targets=targets)
     base = load_policy(policy)[0](packed=packed, targets=targets)
     assert torch.equal(merged.logprobs, chain.logprobs)
     assert not torch.allclose(merged.logprobs, base.logprobs, atol=1e-3)
     again = align("export", str(policy), str(out))
     assert again.exit_code == 2
     assert again.stderr == f"error: {out}: is not empty; choose a new folder\n"
-
-
-@pytest.fixture(scope="module")
-def judge(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reward")
-    model, tokenizer = load_policy(policy)
-    RewardModel(model.model, HIERARCHY).save(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_score_gives_a_line_per_item_down_to_the_signals(judge: Path, tmp_path: Path):

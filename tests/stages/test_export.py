@@ -10,44 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from align.data.tokenizer import train_tokenizer
-from align.lora import LoraConfig, apply_lora
 from align.policy import load_policy, save_policy
 from model import HybridForCausalLM, preset
 from model.checkpoints import read_folder_config, stream_folder, stream_logprobs
 from stages import export
 from stages.artifact import Artifact
-from tests.stages.fakes import align
-
-TOKENIZER = train_tokenizer(["what is two and three? five, of course, said the cat"] * 4, 290)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("policy") / "full"
-    torch.manual_seed(0)
-    shape = preset(
-        "tiny",
-        vocab_size=290,
-        hidden_size=32,
-        num_hidden_layers=2,
-        layer_types=["linear_attention", "full_attention"],
-        eos_token_id=TOKENIZER.eos_token_id,
-        initializer_range=0.2,
-    )
-    save_policy(HybridForCausalLM(shape), TOKENIZER, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(policy: Path) -> Path:
-    model, tokenizer = load_policy(policy)
-    adapted = apply_lora(model, LoraConfig(rank=2, alpha=4), seed=0)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    save_policy(adapted, tokenizer, policy.parent / "adapter", base=policy)
-    return policy.parent / "adapter"
+from tests.stages.fakes import TOKENIZER, align
 
 
 @pytest.mark.parametrize("to", ["text-01", "vllm"])

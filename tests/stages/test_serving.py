@@ -22,8 +22,7 @@ from rollout.native.engine import NativeEngine
 from rollout.sync import checksums, weights
 from rollout.types import Request, Sampling
 from stages.artifact import Facts, publish
-from tests.stages.fakes import align
-from tests.stages.test_commands import TOKENIZER, judge, policy  # noqa: F401  (fixtures)
+from tests.stages.fakes import TOKENIZER, align
 
 CHAT = [{"role": "user", "content": "two and three?"}]
 
@@ -49,7 +48,7 @@ class InstantServer:
 
 
 @pytest.fixture
-def artifact(judge: Path, tmp_path: Path) -> Path:  # noqa: F811
+def artifact(judge: Path, tmp_path: Path) -> Path:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     for file in judge.iterdir():
@@ -79,7 +78,7 @@ def test_an_artifact_is_served_with_its_digest_its_tokenizer_and_a_key(artifact,
     assert "open to whoever" not in line
 
 
-def test_a_calibrated_artifact_serves_calibrated_chances(judge, tmp_path, monkeypatch):  # noqa: F811
+def test_a_calibrated_artifact_serves_calibrated_chances(judge, tmp_path, monkeypatch):
     artifact = Path(shutil.copytree(judge, tmp_path / "copy"))
     monkeypatch.setattr("stages.serving.Server", InstantServer)
     monkeypatch.setenv("REWARD_KEY", "k1")
@@ -105,7 +104,7 @@ def test_a_calibrated_artifact_serves_calibrated_chances(judge, tmp_path, monkey
     assert "calibration.json: cannot read it" in result.stderr
 
 
-def test_what_is_missing_or_wrong_is_one_line(judge, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_missing_or_wrong_is_one_line(judge, tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path / "gone"):
         none = align("serve-reward", str(folder))
         told = f"error: {folder}: no reward.json; expected the artifact of a reward stage\n"
@@ -124,7 +123,7 @@ def test_what_is_missing_or_wrong_is_one_line(judge, tmp_path, monkeypatch):  # 
     extra = align("serve-reward", str(judge))
     assert (extra.exit_code, extra.stderr) == (
         1,
-        "error: uvicorn is not installed; pip install hybrid-align[serve]\n",
+        "error: uvicorn is not installed; run pip install -e '.[serve]' in the project's folder\n",
     )
 
 
@@ -147,7 +146,7 @@ class InstantRollout:
             }
 
 
-def test_a_policy_is_served_with_its_template_and_a_key(policy, monkeypatch):  # noqa: F811
+def test_a_policy_is_served_with_its_template_and_a_key(policy, monkeypatch):
     monkeypatch.setattr("stages.serving.make_server", InstantRollout)
     monkeypatch.setenv("ROLLOUT_KEY", "k1")
     options = (

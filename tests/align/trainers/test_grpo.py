@@ -1,9 +1,7 @@
-"""Online RL that is exact: first ratio 1, resumable in mid-buffer, and it learns."""
+"""A step of online RL is exact: first ratio 1, and the gradient is advantage times score."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,75 +11,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from align.course import Job, Step
-from align.data.rows import Origin, PromptRow
-from align.data.sources import DataConfig
 from align.ledger import ledger_line
 from align.loop import train
 from align.lora import LoraConfig, apply_lora
 from align.losses.policy import PolicyLossConfig
-from align.optim import OptimConfig
-from align.policy import load_policy
-from align.prompts import Prompt, Prompts, open_scorer
-from align.trainers.grpo import GrpoConfig, GrpoCourse, Tools, run
-from reward.hierarchy import HIERARCHY
-from reward.model import RewardModel
-from reward.scorer import InProcessScorer
-from reward.serving.judging import Service
-from reward.serving.judging import Settings as ServiceSettings
-from reward.types import Item, Score
-from rollout.sync import checksums
 from tests.align import small
-from tests.reward.live import served
-
-DATA = (DataConfig(task="sort", num_rows=8),)
-
-
-class ShareScorer:
-    """Reward is the share of the letter t; a response of 5, 10, .. letters is not judged."""
-
-    version = "share@1"
-
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        return [
-            Score(item.response.count("t") / len(item.response), valid=len(item.response) % 5 > 0)
-            for item in items
-        ]
-
-
-def config(**changes: Any) -> GrpoConfig:
-    given: dict[str, Any] = {
-        "data": DATA,
-        "sequence_tokens": 64,
-        "max_steps": 4,
-        "prompts_per_step": 2,
-        "group_size": 4,
-        "max_new_tokens": 6,
-        "optim": OptimConfig(lr=3e-3, schedule="constant"),
-        "loss": PolicyLossConfig(objective="dapo"),
-    }
-    return GrpoConfig(**(given | changes))
-
-
-def prompts(number: int = 5) -> Prompts:
-    items = tuple(
-        Prompt(
-            PromptRow(({"role": "user", "content": "?"},), Origin(f"p.jsonl:{i + 1}")),
-            tuple(range(20 + i, 24 + 2 * i)),
-        )
-        for i in range(number)
-    )
-    return Prompts(items, ())
-
-
-def course(config: GrpoConfig, job: Job, policy: Any, **changes: Any) -> GrpoCourse:
-    tools = Tools(small.tokenizer(), ShareScorer())
-    given = {"policy": policy, "reference": None, "prompts": prompts(), "tools": tools}
-    return GrpoCourse(config, job, **(given | changes))
-
-
-def lines(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+from tests.align.trainers.grpo_setting import config, course, lines
 
 
 @pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "dapo", "cispo"])
@@ -90,7 +25,9 @@ def test_the_first_ratio_is_one_to_the_last_bit(tmp_path: Path, objective: str, 
     settings = config(loss=PolicyLossConfig(objective=objective), temperature=temperature)
     model = small.model()
     made = course(settings, small.job(tmp_path), model)
-    for batch in made.step(0).batches:
+    batches = made.step(0).batches
+    assert batches
+    for batch in batches:
         metrics = made.loss(model, batch).metrics
         assert metrics["ratio/mean"][0] == metrics["ratio/mean"][1]
         assert made.loss(model, batch).maxima["ratio/max"] == 1
@@ -102,7 +39,9 @@ def test_the_first_ratio_is_one_to_the_last_bit(tmp_path: Path, objective: str, 
 def test_behaviour_of_the_engine_makes_a_ratio_of_one_up_to_rounding(tmp_path: Path):
     model = small.model()
     made = course(config(behaviour="engine"), small.job(tmp_path), model)
-    for batch in made.step(0).batches:
+    batches = made.step(0).batches
+    assert batches
+    for batch in batches:
         exact = model(packed=batch.packed, targets=batch.targets).logprobs.detach()
         gaps = (exact - batch.behaviour_logprobs.to(exact)) * batch.weights
         assert 0 < gaps.abs().max() < 1e-4
@@ -224,68 +163,10 @@ def test_replayed_experts_are_the_recorded_ones_whatever_the_router_chose(tmp_pa
     assert line["ledger/gap_p50"] > 1e-3
 
 
-class Killed(Exception):
-    pass
-
-
-class Mortal(GrpoCourse):
-    """Dies at the beginning of step `last`."""
-
-    last = 3
-
-    def step(self, index: int) -> Step:
-        if index == self.last:
-            raise Killed
-        return super().step(index)
-
-
-def test_killed_in_mid_buffer_a_run_ends_with_the_same_bits(tmp_path: Path):
-    settings = config(max_steps=6, updates_per_rollout=3, save_every_steps=2)
-
-    def attempt(folder: Path, kind: type[GrpoCourse]) -> nn.Module:
-        model = small.model()
-        job = small.job(folder)
-        tools = Tools(small.tokenizer(), ShareScorer())
-        made = kind(settings, job, policy=model, reference=None, prompts=prompts(), tools=tools)
-        train(made, model, config=settings, job=job)
-        return model
-
-    whole = attempt(tmp_path / "whole", GrpoCourse)
-    # the checkpoint after step 2 of 3 of the first rollout, then death one step later
-    with pytest.raises(Killed):
-        attempt(tmp_path / "killed", Mortal)
-    resumed = attempt(tmp_path / "killed", GrpoCourse)
-    assert checksums(whole.state_dict().items()) == checksums(resumed.state_dict().items())
-    timed = {"seconds", "tokens_per_s"}
-    for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "killed"), strict=True):
-        assert {k: v for k, v in one.items() if k not in timed} == {
-            k: v for k, v in other.items() if k not in timed
-        }
-
-
 def test_a_step_inside_a_rollout_that_is_not_there_is_refused(tmp_path: Path):
     made = course(config(updates_per_rollout=2), small.job(tmp_path), small.model())
     with pytest.raises(RuntimeError, match="step 2 lies inside a rollout that is not there"):
         made.step(1)
-
-
-@pytest.mark.parametrize("objective", ["grpo", "cispo"])
-def test_the_rewarded_token_becomes_frequent(tmp_path: Path, objective: str):
-    settings = config(
-        max_steps=30,
-        prompts_per_step=4,
-        group_size=8,
-        sequence_tokens=512,
-        loss=PolicyLossConfig(objective=objective),
-        optim=OptimConfig(lr=1e-2, schedule="constant"),
-    )
-    model, job = small.model(), small.job(tmp_path)
-    train(course(settings, job, model), model, config=settings, job=job)
-    told = lines(tmp_path)
-    first = sum(line["reward/mean"] for line in told[:3]) / 3
-    last = sum(line["reward/mean"] for line in told[-3:]) / 3
-    assert last > first + 0.3
-    assert {"rollout/flat_groups", "rollout/response_tokens", "entropy", "engine/gap"} <= {*told[0]}
 
 
 def test_the_reference_holds_the_policy_back(tmp_path: Path):
@@ -328,89 +209,6 @@ def test_groups_split_over_packed_sequences_and_microbatches_alike(tmp_path: Pat
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
-def prompt_file(folder: Path) -> tuple[DataConfig, ...]:
-    message = {"role": "user", "content": "the cat sat on the"}
-    rows = [
-        {
-            "prompt": [{**message, "content": f"{word} {message['content']}"}],
-            "answer": "t",
-            "verifier": "exact",
-            "arguments": {},
-        }
-        for word in ("so", "and", "now", "then")
-    ]
-    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return (DataConfig(path="p.jsonl", split="all"),)
-
-
-def test_a_stage_runs_from_policy_to_policy(tmp_path: Path):
-    settings = config(data=prompt_file(tmp_path), max_steps=2)
-    job = small.job(tmp_path / "stage", small.start(tmp_path / "start"), base=tmp_path)
-    outcome = run(settings, job)
-    assert outcome.metrics["step"] == 2
-    assert outcome.data[0]["rows"] == 4
-    before, after = (load_policy(folder)[0] for folder in (job.start, job.artifact))
-    told = lines(job.folder)[-1]
-    assert {"reward/mean", "accuracy/all", "rollout/invalid", "ratio/mean"} <= {*told}
-    # nobody answers exactly "t" here, so all groups are flat and nothing moves but rounding
-    assert told["rollout/flat_groups"] == 1
-    assert (
-        checksums(before.state_dict().items()).keys()
-        == checksums(after.state_dict().items()).keys()
-    )
-
-
-def unruled_prompts(folder: Path) -> tuple[DataConfig, ...]:
-    """Prompts without a verifier, which only a reward model can judge."""
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"the {word}"}],
-            "answer": "",
-            "verifier": "",
-            "arguments": {},
-        }
-        for word in ("cat", "hat", "mat")
-    ]
-    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return (DataConfig(path="q.jsonl", split="all"),)
-
-
-def test_a_reward_artifact_judges_what_no_rule_can(tmp_path: Path):
-    RewardModel(small.model(seed=3).model, HIERARCHY).save(tmp_path / "reward")
-    settings = config(data=unruled_prompts(tmp_path), max_steps=2, updates_per_rollout=2)
-    start = small.start(tmp_path / "start")
-    inputs = {"reward": tmp_path / "reward"}
-    job = small.job(tmp_path / "stage", start, base=tmp_path, inputs=inputs)
-    run(settings, job)
-    told = lines(job.folder)
-    assert 0 < told[0]["reward/mean"] < 1
-    assert told[0]["reward/std"] > 0
-    assert told[0]["rollout/flat_groups"] == 0
-    assert "accuracy/all" not in told[0]
-
-
-def test_a_scoring_service_judges_as_its_artifact_would_here(tmp_path: Path):
-    RewardModel(small.model(seed=3).model, HIERARCHY).save(tmp_path / "reward")
-    settings = config(data=unruled_prompts(tmp_path), max_steps=1)
-    start = small.start(tmp_path / "start")
-    own = {"inputs": {"reward": tmp_path / "reward"}}
-    here = small.job(tmp_path / "here", start, base=tmp_path, **own)
-    run(settings, here)
-    judge = open_scorer(here, small.tokenizer())
-    assert isinstance(judge, InProcessScorer)
-    with served(Service(judge, ServiceSettings(api_key="k"))) as live:
-        service = {"reward_url": live.url, "reward_key": "k"}
-        there = small.job(tmp_path / "there", start, base=tmp_path, **service)
-        run(settings, there)
-    told = [lines(job.folder)[0] for job in (here, there)]
-    assert told[0]["reward/std"] > 0
-    for key in ("reward/mean", "reward/std", "loss", "grad_norm"):
-        assert told[1][key] == pytest.approx(told[0][key], abs=1e-5, rel=1e-3)
-    wrong = small.job(tmp_path / "wrong", start, reward_url="http://127.0.0.1:9", reward_key="")
-    with pytest.raises(RuntimeError, match="no answer within"):
-        open_scorer(wrong, small.tokenizer(), deadline_s=0.1)
-
-
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -425,13 +223,3 @@ def test_a_scoring_service_judges_as_its_artifact_would_here(tmp_path: Path):
 def test_a_config_that_cannot_work_is_refused(bad: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         config(**bad)
-
-
-def test_bf16_steps_compare_with_an_engine_in_bf16(tmp_path: Path):
-    settings = config(precision="bf16", updates_per_rollout=2, max_steps=2)
-    model, job = small.model(), small.job(tmp_path)
-    train(course(settings, job, model), model, config=settings, job=job)
-    told = lines(tmp_path)
-    assert 1e-5 < told[0]["engine/gap"] < 5e-2
-    assert told[0]["ratio/max"] == 1
-    assert told[0]["ratio/mean"] == 1

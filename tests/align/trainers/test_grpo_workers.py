@@ -28,7 +28,7 @@ from align.lora import LoraConfig, apply_lora
 from align.trainers.grpo import GrpoCourse
 from rollout.canary import ProofError
 from tests.align import small
-from tests.align.trainers.test_grpo import config, course, lines, prompts
+from tests.align.trainers.grpo_setting import config, course, lines, prompts
 from tests.rollout.live import make_worker, served
 from tests.serving.live import wait_for
 
