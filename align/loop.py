@@ -65,10 +65,10 @@ class TrainConfig(BaseModel):
     lora: LoraConfig | None = None
     """Adapters to train instead of the weights; absent means full training."""
     precision: Precision = "fp32"
-    """Type of the forward and backward pass; what is trained and updated says optim.weights. With
-    fp64 all of the stage is fp64, weights, optimizer and samples, what it leaves, and so whoever
-    reads that: to prove on a CPU that a launch, a mesh or a resume computes the same thing, because
-    what training makes of rounding (1e-16) then stays below 1e-9."""
+    """Type of the forward and backward pass; what is trained and updated says optim.weights. fp64,
+    on a CPU only, proves that a launch, a mesh or a resume computes the same thing: weights,
+    optimizer, engine and what is saved are fp64 too, and evals, samples and scores of what was
+    saved, so that rounding (1e-16) stays below 1e-9 whatever training makes of it."""
     checkpointing: Checkpointing = "none"
     """What backward computes again: nothing; all but projections and softmax attention
     (selective), or each whole block (full), whose inputs the host may hold (host)."""

@@ -164,7 +164,7 @@ class HybridModel(HybridPreTrainedModel):
         experts: Tensor | None = None,
     ) -> Hidden:
         x = self.embed_tokens(packed.tokens) if embeddings is None else embeddings
-        wide = torch.promote_types(self.dtype, torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
         angles = rotary_angles(packed.positions, self.rotary_dim, self.rotary_base, wide)
         checkpointing = "full" if self.gradient_checkpointing else self.checkpointing
         if step is not None or not (self.training and torch.is_grad_enabled()):

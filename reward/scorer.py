@@ -187,11 +187,10 @@ class InProcessScorer:
             raise ValueError("this scorer has no reward model, so there are no heads to read")
         device = model.values.weight.device
         read = list(batch)
-        tokens = sum(len(one.tokens) for one in batch)
-        if tokens < least_rows(model.values.weight):
-            # so few are multiplied by other code, which rounds otherwise
-            filler = batch[-1].tokens[:1] * (least_rows(model.values.weight) - tokens + 1)
-            read.append(Encoded(filler, 1))
+        missing = least_rows(model.values.weight) - sum(len(one.tokens) for one in batch)
+        if missing > 0:
+            # so few tokens are multiplied by other code, which rounds otherwise
+            read.append(Encoded(batch[-1].tokens[:1] * (missing + 1), 1))
         packed = Packed.from_sequences([one.tokens for one in read], device=device)
         prompts = None if model.gate is None else [one.num_prompt_tokens for one in read]
         output = model(packed, prompts)

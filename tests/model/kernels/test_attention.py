@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.attention import forms, pieces
+from model.kernels.attention import forms, padded, pieces
 from model.kernels.attention.op import (
     cached_attention,
     merge_attention,
@@ -83,6 +83,23 @@ def test_cached_equals_the_tail_of_the_whole(past: list[int], new: list[int], wi
     tail = torch.cat(tails)
     found = cached_attention(q[tail], keys, values, new, torch.tensor(past), window=window)
     assert_close("output", found, whole[tail], 1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_no_bit_of_a_sequence_depends_on_its_company(window: int | None):
+    lengths = [1, 8, 9, 63, 64, 65, 66, 200, 256, 257, 1000]
+    qkv = inputs(sum(lengths), heads=4, kv_heads=2, dim=32)
+    together = packed_attention(*qkv, lengths, window=window).split(lengths)
+    apart = zip(*(x.split(lengths) for x in qkv), strict=True)
+    for length, own, found in zip(lengths, apart, together, strict=True):
+        assert torch.equal(packed_attention(*own, [length], window=window), found), length
+
+
+def test_little_is_padded():
+    rooms = {length: padded._room(length) for length in range(1, 2000)}
+    assert all(n <= room <= max(n + 7, 1.25 * n) for n, room in rooms.items())
+    assert len({room for n, room in rooms.items() if n <= 256}) == 16
+    assert rooms[1999] == 1999
 
 
 def test_shapes_that_do_not_fit_are_refused():
