@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test test-all test-vllm lint bench
+.PHONY: setup demo test test-multi test-all test-vllm lint bench
 
 setup: $(STAMP)
 
@@ -25,10 +25,14 @@ demo: setup
 	$(BIN)/align run stages/recipes/tiny.yaml --out runs/demo
 
 test: setup
-	$(PYTEST) -n 2 -m "not slow and not multi and not gpu"
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not multi and not gpu"
+
+# tests that start processes of their own, so one after the other
+test-multi: setup
+	$(PYTEST) -m "multi and not slow and not gpu"
 
 test-all: setup
-	$(PYTEST) -n 2 -m "not multi and not gpu"
+	$(PYTEST) -n 2 --dist loadgroup -m "not multi and not gpu"
 	$(PYTEST) -m "multi and not gpu"
 	$(MAKE) test-vllm
 

@@ -1,7 +1,10 @@
-"""One tolerance table and one measure of error for all tests."""
+"""For all tests: one tolerance table, one measure of error, and cases that only `slow` runs."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,3 +23,11 @@ def assert_close(name: str, actual: Tensor, reference: Tensor, tolerance: float 
     assert actual.shape == reference.shape, f"{name}: {actual.shape} against {reference.shape}"
     found = error(actual, reference)
     assert found <= tolerance, f"{name}: relative error {found:.2e} > {tolerance:.0e}"
+
+
+def slow(*cases: Any) -> list[Any]:
+    """Values of a parametrisation, or tuples of several, that only the slow suite runs."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.align.processes import launch
-from tests.helpers import assert_close
+from tests.helpers import assert_close, slow
 
 SCRIPT = """
 import os
@@ -172,7 +172,7 @@ def train_alike(tmp_path: Path, kind: str, processes: int) -> None:
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("kind", ["lm", "fsdp", "lm-bf16", "fsdp-bf16"])
+@pytest.mark.parametrize("kind", ["lm", "fsdp-bf16", *slow("fsdp", "lm-bf16")])
 def test_resumed_run_on_two_processes_is_bit_identical(tmp_path: Path, kind: str) -> None:
     run(kind, tmp_path / "whole", 2)
     run(kind, tmp_path / "cut", 2, stop_before=5)
@@ -185,7 +185,8 @@ def test_resumed_run_on_two_processes_is_bit_identical(tmp_path: Path, kind: str
 
 @pytest.mark.multi
 @pytest.mark.parametrize(
-    "kind", ["lm", "dpo", "fsdp", "fsdp-rows", "experts", "experts-dpo", "fsdp-experts"]
+    "kind",
+    ["fsdp", "experts-dpo", *slow("lm", "dpo", "fsdp-rows", "experts", "fsdp-experts")],
 )
 def test_two_processes_begin_and_one_or_four_go_on(tmp_path: Path, kind: str) -> None:
     run(kind, tmp_path / "2", 2)

@@ -34,6 +34,9 @@ from tests.helpers import assert_close
 from tests.model.parallel.world import world
 from tests.model.setting import random_sequences, small_config
 
+# one worker starts the server that these tests fork from
+pytestmark = pytest.mark.xdist_group("world")
+
 TYPES = ["linear_attention", "full_attention", "linear_attention"]
 SHAPE = {"num_hidden_layers": 3, "layer_types": TYPES, "head_dim": 8, "router_aux_loss_coef": 0.3}
 

@@ -17,6 +17,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from align.stretches import in_boxes, part_of
 from tests.model.parallel.world import world
 
+# one worker starts the server that these tests fork from
+pytestmark = pytest.mark.xdist_group("world")
+
 WHOLE = torch.arange(2 * 8 * 12, dtype=torch.float32).view(2, 8, 12)
 
 

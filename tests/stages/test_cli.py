@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -156,16 +156,14 @@ def test_help_names_every_command():
         assert command in result.stdout
 
 
-def test_python_m_stages_is_the_same_program():
-    done = subprocess.run(
-        [sys.executable, "-m", "stages", "check", "gone.yaml"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.strip() == (
+def test_python_m_stages_is_the_same_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["stages", "check", "gone.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("stages", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip() == (
         "error: gone.yaml: No such file or directory; expected a recipe file"
     )
 

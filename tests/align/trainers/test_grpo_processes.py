@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.align import small
-from tests.helpers import assert_close
+from tests.helpers import assert_close, slow
 from tests.rollout.live import make_worker, served
 
 ROOT = Path(__file__).parents[3]
@@ -123,7 +123,7 @@ def test_two_processes_sample_and_learn_what_one_does(tmp_path: Path):
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("kind", ["fsdp", "fsdp-lora"])
+@pytest.mark.parametrize("kind", ["fsdp-lora", *slow("fsdp")])
 def test_two_processes_that_shard_weights_learn_what_one_does(tmp_path: Path, kind: str):
     run(tmp_path / "1", 1, kind=kind.replace("fsdp", "whole"))
     run(tmp_path / "2", 2, kind=kind)
@@ -131,7 +131,10 @@ def test_two_processes_that_shard_weights_learn_what_one_does(tmp_path: Path, ki
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize(("sequence", "sync"), [(1, "files"), (2, "files"), (1, "broadcast")])
+@pytest.mark.parametrize(
+    ("sequence", "sync"),
+    [(2, "files"), (1, "broadcast"), *slow((1, "files"))],
+)
 def test_two_processes_with_a_worker_learn_what_one_does_without(
     tmp_path: Path, sequence: int, sync: str
 ):

@@ -6,15 +6,21 @@ import pytest
 import torch
 
 from model.kernels.experts.reference import experts_reference
-from tests.helpers import assert_close
+from tests.helpers import assert_close, slow
 from tests.model.kernels import formula
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 17, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "is_int8"),
+    [
+        (torch.float32, False),
+        (torch.float16, True),
+        *slow((torch.float16, False), (torch.float32, True)),
+    ],
+)
 def test_few_tokens_are_the_reference(tokens: int, dtype: torch.dtype, is_int8: bool):
     formula.launch("experts_few")
     from model.kernels.experts_few.launch import expert_layer_few

@@ -17,7 +17,7 @@ from model.kernels.experts import places
 from model.kernels.experts.blocks import expert_layer_blocks
 from model.kernels.experts.reference import experts_reference
 from model.kernels.experts.router import router_logits
-from tests.helpers import assert_close
+from tests.helpers import assert_close, slow
 from tests.model.kernels import formula
 
 ROOT = Path(__file__).parents[3]
@@ -111,11 +111,17 @@ def _defined(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65])
 def test_any_number_of_tokens(launch: ModuleType, tokens: int):
-    check(launch, Case(tokens, 5, 2, torch.float32))
+    check(launch, Case(tokens, 3, 2, torch.float32))
 
 
-@pytest.mark.parametrize("loads", ["one", "dropped"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("loads", "dtype"),
+    [
+        ("one", torch.float32),
+        ("dropped", torch.float16),
+        *slow(("one", torch.float16), ("dropped", torch.float32)),
+    ],
+)
 def test_ragged_loads(launch: ModuleType, loads: str, dtype: torch.dtype):
     check(launch, Case(33, 4, 2, dtype, loads=loads))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.kernels.attention.op import packed_attention
 from model.kernels.paged.op import paged_attention
-from tests.helpers import assert_close
+from tests.helpers import assert_close, slow
 from tests.model.kernels import formula
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -54,12 +54,18 @@ def test_torch_form_is_the_packed_form(window: int | None, dtype: torch.dtype):
     assert_close("out", found, exact(q, arguments[3], keys, window), 1e-6)
 
 
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(
+    ("window", "dtype"),
+    [
+        (None, torch.float32),
+        (40, torch.float16),
+        *slow((None, torch.float16), (40, torch.float32)),
+    ],
+)
 @pytest.mark.parametrize(
     ("lengths", "heads", "kv_heads", "size", "page"),
     [([1, 65, 300], 4, 2, 32, 16), ([7, 64, 1, 130, 5], 3, 1, 24, 20), ([128], 16, 4, 64, 64)],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_triton_form_is_the_torch_form(
     lengths: list[int],
     heads: int,

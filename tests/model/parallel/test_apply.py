@@ -19,6 +19,9 @@ from tests.helpers import assert_close
 from tests.model.parallel.world import world
 from tests.model.setting import VOCABULARY, random_sequences, small_config
 
+# one worker starts the server that these tests fork from
+pytestmark = pytest.mark.xdist_group("world")
+
 TYPES = ["linear_attention", "full_attention", "linear_attention", "sliding_attention"]
 ROWS = ([9, 1, 22], [40], [1, 1, 1, 2], [13, 12, 7, 1, 1, 30])
 

@@ -25,6 +25,9 @@ from tests.helpers import assert_close
 from tests.model.parallel.lasp_serial import serial_lasp
 from tests.model.parallel.world import world
 
+# one worker starts the server that these tests fork from
+pytestmark = pytest.mark.xdist_group("world")
+
 # a length-1 document on every place of a border, one over all parts, unlike parts
 ROWS = (
     *([16], [1, 15], [7, 1, 8], [1] * 8, [3, 30, 2], [4, 4, 4, 4], [2, 1, 1]),
