@@ -108,6 +108,7 @@ def test_gradient_checkpointing_with_experts() -> None:
             model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
         logprobs(model).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(gradient.any() for gradient in gradients[0])
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.equal(ours, theirs)
 

@@ -84,6 +84,7 @@ def test_pairs_are_supplied_from_a_task(tmp_path: Path, tokenizer: PreTrainedTok
 
 def test_texts_are_trained_whole(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     data, _ = supply_texts(fixed({"task": "copy", "num_rows": 5}), job(tmp_path), tokenizer)
+    assert len(data.items) == 5
     for item in data.items:
         assert isinstance(item, Example)
         assert item.num_trained == len(item.tokens) - 1

@@ -25,7 +25,9 @@ def test_the_first_ratio_is_one_to_the_last_bit(tmp_path: Path, objective: str, 
     settings = config(loss=PolicyLossConfig(objective=objective), temperature=temperature)
     model = small.model()
     made = course(settings, small.job(tmp_path), model)
-    for batch in made.step(0).batches:
+    batches = made.step(0).batches
+    assert batches
+    for batch in batches:
         metrics = made.loss(model, batch).metrics
         assert metrics["ratio/mean"][0] == metrics["ratio/mean"][1]
         assert made.loss(model, batch).maxima["ratio/max"] == 1
@@ -37,7 +39,9 @@ def test_the_first_ratio_is_one_to_the_last_bit(tmp_path: Path, objective: str, 
 def test_behaviour_of_the_engine_makes_a_ratio_of_one_up_to_rounding(tmp_path: Path):
     model = small.model()
     made = course(config(behaviour="engine"), small.job(tmp_path), model)
-    for batch in made.step(0).batches:
+    batches = made.step(0).batches
+    assert batches
+    for batch in batches:
         exact = model(packed=batch.packed, targets=batch.targets).logprobs.detach()
         gaps = (exact - batch.behaviour_logprobs) * batch.weights
         assert 0 < gaps.abs().max() < 1e-4

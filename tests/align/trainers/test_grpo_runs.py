@@ -24,6 +24,7 @@ from reward.serving.judging import Settings as ServiceSettings
 from rollout.sync import checksums
 from tests.align import small
 from tests.align.trainers.grpo_setting import ShareScorer, config, course, lines, prompts
+from tests.helpers import slow
 from tests.reward.live import served
 
 
@@ -66,7 +67,7 @@ def test_killed_in_mid_buffer_a_run_ends_with_the_same_bits(tmp_path: Path):
         }
 
 
-@pytest.mark.parametrize("objective", ["grpo", "cispo"])
+@pytest.mark.parametrize("objective", ["grpo", *slow("cispo")])
 def test_the_rewarded_token_becomes_frequent(tmp_path: Path, objective: str):
     settings = config(
         max_steps=30,

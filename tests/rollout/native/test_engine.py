@@ -107,7 +107,7 @@ def test_filtered_logprobs_and_kept_mass_give_the_tempered_logprob(model: Hybrid
 
 
 def test_tokens_depend_on_the_request_alone(model: HybridForCausalLM):
-    requests = make_requests(14, seed=3)
+    requests = make_requests(9, seed=3)
     whole = make_engine(model).generate(requests)
     by_key = {(c.request_id, c.sample): c for c in whole}
     runs = [
