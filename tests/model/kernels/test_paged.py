@@ -54,14 +54,11 @@ def test_torch_form_is_the_packed_form(window: int | None, dtype: torch.dtype):
     assert_close("out", found, exact(q, arguments[3], keys, window), 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("window", "dtype"),
-    [
-        (None, torch.float32),
-        (40, torch.float16),
-        *slow((None, torch.float16), (40, torch.float32)),
-    ],
-)
+# few programs leave few shares of a sequence, most of which would be empty here; interpreted, each
+# takes its time
+@pytest.mark.parametrize("programs", [48, *slow(1024)])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("lengths", "heads", "kv_heads", "size", "page"),
     [([1, 65, 300], 4, 2, 32, 16), ([7, 64, 1, 130, 5], 3, 1, 24, 20), ([128], 16, 4, 64, 64)],
@@ -74,8 +71,11 @@ def test_triton_form_is_the_torch_form(
     page: int,
     window: int | None,
     dtype: torch.dtype,
+    programs: int,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     launch = formula.launch("paged")
+    monkeypatch.setattr(launch, "PROGRAMS", programs)
     q, *arguments, _ = case(lengths, heads, kv_heads, size, page, dtype)
     place = "cuda" if CUDA else "cpu"
     q, arguments = q.to(place), [x.to(place) for x in arguments]
