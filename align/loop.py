@@ -68,7 +68,8 @@ class TrainConfig(BaseModel):
     """Type of the forward and backward pass; what is trained and updated says optim.weights. fp64,
     on a CPU only, proves that a launch, a mesh or a resume computes the same thing: weights,
     optimizer, engine and what is saved are fp64 too, and evals, samples and scores of what was
-    saved, so that rounding (1e-16) stays below 1e-9 whatever training makes of it."""
+    saved. Gradients are rounded to bf16 before they are used, which takes away what the order of a
+    sum rounded: weights are then equal to the bit, however many processes share what."""
     checkpointing: Checkpointing = "none"
     """What backward computes again: nothing; all but projections and softmax attention
     (selective), or each whole block (full), whose inputs the host may hold (host)."""
@@ -203,6 +204,7 @@ def train(course: Course, model: nn.Module, *, config: TrainConfig, job: Job) ->
             accelerator=accelerator,
             clip_norm=config.optim.clip_norm,
             has_autocast=config.has_autocast,
+            rounds_gradients=config.precision == "fp64",
             operations=trained_operations(model),
             hosts=host_group(accelerator),
             mesh=mesh,

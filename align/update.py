@@ -83,6 +83,8 @@ class Updater:
     Args:
         clip_norm: largest gradient norm; 0 clips nothing.
         has_autocast: whether forward and backward run in bf16 on wider weights.
+        rounds_gradients: to bf16's 8 bits, clipped ones. What other sums round otherwise in fp64 is
+            then gone before a weight has changed: it would grow 1e12 times over a ladder.
         operations: of one microbatch's lengths, forward and backward.
         hosts: from `host_group`.
         mesh: the axes that the model is shared over.
@@ -94,6 +96,7 @@ class Updater:
     accelerator: Accelerator
     clip_norm: float
     has_autocast: bool
+    rounds_gradients: bool
     operations: Callable[[Sequence[int]], float]
     hosts: dist.ProcessGroup | None
     mesh: Mesh
@@ -130,6 +133,8 @@ class Updater:
             self._fail(title, f"loss = {loss + aux}, expected a finite number", bad)
         if not math.isfinite(norm):
             self._fail(title, f"gradient norm = {norm}, expected a finite number", own)
+        if self.rounds_gradients:
+            self._round_gradients()
         self.trained.optimizer.step()
         self.trained.optimizer.zero_grad(set_to_none=True)
         self.trained.scheduler.step()
@@ -218,6 +223,12 @@ class Updater:
             return clip_gradients(model, self.mesh, limit)
         norm = self.accelerator.clip_grad_norm_(model.parameters(), limit)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    @torch.no_grad()
+    def _round_gradients(self) -> None:
+        for parameter in self.trained.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.copy_(parameter.grad.bfloat16())
 
     def _read(self, shares: Sequence[Tensor], norm: Tensor) -> tuple[float, float, float]:
         """Loss, aux loss and gradient norm on the host: the one wait of an update."""
