@@ -9,38 +9,7 @@
  * Rows are cut off at size and held with `width` columns, a multiple of LANES, zero behind.
  */
 
-#include "rows.h"
-
-enum { BLOCK = 32, MAX_WIDTH = 256, TILE = 8 };
-
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-/* c = a b, or c += a b: [m, k], [k, n]; m a multiple of TILE, n of LANES, a of any strides */
-INLINE void multiply(float *c, i64 c_row, const float *a, i64 a_row, i64 a_column, const float *b,
-                     i64 b_row, i64 m, i64 n, i64 k, int adds) {
-    for (i64 i = 0; i < m; i += TILE)
-        for (i64 j = 0; j < n; j += LANES) {
-            lanes sum[TILE];
-            for (int r = 0; r < TILE; r++)
-                sum[r] = adds ? *(const lanes *)(c + (i + r) * c_row + j) : (lanes){0};
-            for (i64 l = 0; l < k; l++) {
-                lanes y = *(const lanes *)(b + l * b_row + j);
-                for (int r = 0; r < TILE; r++) sum[r] += a[(i + r) * a_row + l * a_column] * y;
-            }
-            for (int r = 0; r < TILE; r++) *(lanes *)(c + (i + r) * c_row + j) = sum[r];
-        }
-}
-
-INLINE void transpose(float *restrict to, const float *restrict from, i64 rows, i64 columns) {
-    for (i64 j = 0; j < columns; j++)
-        for (i64 i = 0; i < rows; i++) to[j * rows + i] = from[i * columns + j];
-}
-
-/* numbers of one tensor [T, H, D], its steps between tokens and heads */
-typedef struct {
-    void *at;
-    i64 step, head_step;
-} Rows;
+#include "products.h"
 
 typedef struct {
     Rows q, k, v, out, to_q, to_k, to_v; /* out is its gradient in the backward */
@@ -64,17 +33,11 @@ typedef struct {
 } Work;
 
 INLINE void get(float *to, const Work *w, Rows rows) {
-    i64 size = w->t->size;
-    memset(to, 0, BLOCK * w->width * sizeof(float));
-    for (i64 i = 0; i < w->n; i++)
-        load(to + i * w->width, rows.at, (w->first + i) * rows.step + w->head * rows.head_step, size,
-             w->t->is_short);
+    get_block(to, rows, w->first, w->n, w->head, w->t->size, w->width, w->t->is_short);
 }
 
 INLINE void put(const Work *w, Rows rows, const float *from) {
-    for (i64 i = 0; i < w->n; i++)
-        store(rows.at, (w->first + i) * rows.step + w->head * rows.head_step, from + i * w->width,
-              w->t->size, w->t->is_short);
+    put_block(rows, w->first, w->n, w->head, from, w->t->size, w->width, w->t->is_short);
 }
 
 /* a state of [size, size] in and out; is_turned: of the transpose */

@@ -1,4 +1,4 @@
-"""Calls of `passes.c` and `lightning.c`: passes of a CPU over rows, of which torch makes many.
+"""Calls of the C files here: passes of a CPU over rows, of which torch makes many.
 
 setup.py builds the C files where a compiler is; where they were not built `takes` says no, and an
 op's torch form serves. Callers check shapes: here are addresses only.
@@ -18,7 +18,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16)
 # rows whose sums make one row of partial sums of a weight's gradient, as in passes.c
 ROWS = 64
-# the widest head that silu_qkv and lightning take
+# the widest head that silu_qkv, lightning and attention take
 MAX_SIZE = 256
 
 _POINTER, _INT64, _FLAG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -45,7 +45,7 @@ class NormGrads(ctypes.Structure):
 
 
 class Rows(ctypes.Structure):
-    """The struct of this name in lightning.c."""
+    """The struct of this name in products.h."""
 
     _fields_ = [("at", _POINTER), ("step", _INT64), ("head_step", _INT64)]
 
@@ -60,7 +60,20 @@ class Lightning(ctypes.Structure):
     ]
 
 
+class Attention(ctypes.Structure):
+    """The struct of this name in attention.c."""
+
+    _fields_ = [
+        *((name, Rows) for name in ("q", "k", "v", "out", "grad", "to_q", "to_k", "to_v")),
+        *(("lse", _POINTER), ("lse_step", _INT64), ("lse_head_step", _INT64), ("starts", _POINTER)),
+        *((name, _INT64) for name in ("heads", "key_heads", "size", "window")),
+        *(("scale", _FLOAT), ("is_short", _FLAG)),
+    ]
+
+
 _ARGUMENTS = {
+    "attention_fwd": [_POINTER, _INT64, _FLAG],
+    "attention_bwd": [_POINTER, _INT64, _FLAG],
     "lightning_fwd": [_POINTER, _INT64, _FLAG],
     "lightning_bwd": [_POINTER, _INT64, _FLAG],
     "swiglu_fwd": [_POINTER] * 2 + [_INT64] * 2 + [_FLAG] * 2,
@@ -77,7 +90,7 @@ _ARGUMENTS = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """What was built of passes.c, or None."""
+    """What was built of the C files, or None."""
     found = importlib.util.find_spec("model.kernels.cpu._passes")
     if found is None or found.origin is None:
         return None
@@ -196,12 +209,33 @@ def lightning(
     lengths: Sequence[int],
 ) -> None:
     """`lightning_fwd` or `lightning_bwd`: [T, H, D] and [S, H, D, D] by their names in C."""
-    q = rows["q"]
-    starts = (_INT64 * (len(lengths) + 1))(0, *itertools.accumulate(lengths))
+    q, starts = rows["q"], _starts(lengths)
     given = Lightning(
         powers=powers.data_ptr(), starts=ctypes.addressof(starts),
-        heads=q.shape[1], size=q.shape[2], is_short=is_short(q),
-        **{key: Rows(x.data_ptr(), *x.stride()[:2]) for key, x in rows.items()},
+        heads=q.shape[1], size=q.shape[2], is_short=is_short(q), **_rows(rows),
         **{key: x.data_ptr() for key, x in states.items() if x is not None},
     )  # fmt: skip
     call(name, ctypes.byref(given), len(lengths))
+
+
+def attention(
+    name: str, rows: dict[str, Tensor], lse: Tensor, lengths: Sequence[int], window: int | None
+) -> None:
+    """`attention_fwd` or `attention_bwd`: [T, heads, D] by their names in C, lse [T, H]."""
+    q, starts = rows["q"], _starts(lengths)
+    given = Attention(
+        lse=lse.data_ptr(), lse_step=lse.stride(0), lse_head_step=lse.stride(1),
+        starts=ctypes.addressof(starts), heads=q.shape[1], key_heads=rows["k"].shape[1],
+        size=q.shape[2], window=window or len(q), scale=q.shape[2] ** -0.5,
+        is_short=is_short(q), **_rows(rows),
+    )  # fmt: skip
+    call(name, ctypes.byref(given), len(lengths))
+
+
+def _starts(lengths: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (_INT64 * (len(lengths) + 1))(0, *itertools.accumulate(lengths))
+
+
+def _rows(rows: dict[str, Tensor]) -> dict[str, Rows]:
+    assert all(x.stride(2) == 1 or x.shape[2] == 1 for x in rows.values()), "rows are dense"
+    return {key: Rows(x.data_ptr(), *x.stride()[:2]) for key, x in rows.items()}
