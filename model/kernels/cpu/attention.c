@@ -58,14 +58,10 @@ INLINE void begin(Work *w, const Attention *t, i64 sequence, i64 key_head) {
     }
 }
 
-INLINE void scale_rows(float *restrict x, float by, i64 n) {
-    for (i64 i = 0; i < n; i++) x[i] *= by;
-}
-
 INLINE void go_to_queries(Work *w, i64 first, i64 head) {
     w->first = first, w->head = head, w->n = least(BLOCK, w->length - first);
     get(w->q, w, w->t->q, first, head);
-    scale_rows(w->q, w->t->scale, BLOCK * w->width);
+    scale_row(w->q, w->t->scale, BLOCK * w->width);
     transpose(w->q_turned, w->q, BLOCK, w->width);
     memset(w->out, 0, BLOCK * w->width * sizeof(float));
 }
@@ -87,10 +83,12 @@ INLINE void get_scores(Work *w, i64 first) {
              w->width, 0);
     if (first < w->first && w->first + BLOCK - first <= w->t->window) return;
     for (int j = 0; j < keys; j++) {
-        i64 key = first + j - w->first;
-        int end = (int)least(key + w->t->window, BLOCK);
-        for (int i = 0; i < BLOCK; i++)
-            s[j * BLOCK + i] = i >= key && i < end ? s[j * BLOCK + i] : HIDDEN;
+        int key = (int)(first - w->first) + j;
+        int end = (int)least(w->t->window + key, BLOCK);
+        for (int i = 0; i < BLOCK; i++) {
+            float score = s[j * BLOCK + i];
+            s[j * BLOCK + i] = (i >= key) & (i < end) ? score : HIDDEN;
+        }
     }
 }
 
@@ -113,7 +111,7 @@ INLINE void attend(Work *w, i64 first) {
             s[j * BLOCK + i] = p = s[j * BLOCK + i] <= HIDDEN ? 0.0f : p;
             total[i] += p;
         }
-    for (i64 i = 0; i < BLOCK; i++) scale_rows(w->out + i * w->width, before[i], w->width);
+    for (i64 i = 0; i < BLOCK; i++) scale_row(w->out + i * w->width, before[i], w->width);
     multiply(w->out, w->width, s, 1, BLOCK, w->values + first * w->width, w->width, count(w->n),
              w->width, keys, 1);
 }
@@ -127,7 +125,7 @@ EACH_CPU void attention_fwd_one(const Attention *t, i64 task, Work *w) {
         for (i64 key = first_key(w); key <= first; key += BLOCK) attend(w, key);
         float *lse = t->lse + head * t->lse_head_step + (w->start + first) * t->lse_step;
         for (i64 i = 0; i < w->n; i++) {
-            scale_rows(w->out + i * w->width, 1.0f / w->total[i], w->width);
+            scale_row(w->out + i * w->width, 1.0f / w->total[i], w->width);
             lse[i * t->lse_step] = w->most[i] + logf(w->total[i]);
         }
         put(w, t->out, w->out, first, head);
@@ -178,7 +176,7 @@ EACH_CPU void attention_bwd_one(const Attention *t, i64 task, Work *w) {
             go_to_queries(w, first, head);
             get_grads(w);
             for (i64 key = first_key(w); key <= first; key += BLOCK) attend_back(w, key);
-            scale_rows(w->out, t->scale, BLOCK * w->width);
+            scale_row(w->out, t->scale, BLOCK * w->width);
             put(w, t->to_q, w->out, first, head);
         }
     for (i64 first = 0; first < w->length; first += BLOCK) {

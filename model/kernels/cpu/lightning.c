@@ -26,6 +26,7 @@ typedef struct {
     const Lightning *t;
     i64 sequence, head, width, first, n; /* of the block: first token and how many */
     const float *power;
+    float decay[BLOCK * BLOCK]; /* [query, key], of those the query sees */
     float q[BLOCK * MAX_WIDTH], k[BLOCK * MAX_WIDTH], v[BLOCK * MAX_WIDTH], d[BLOCK * MAX_WIDTH];
     float turned[BLOCK * MAX_WIDTH], out[BLOCK * MAX_WIDTH];
     float scores[BLOCK * BLOCK], slopes[BLOCK * BLOCK];
@@ -63,20 +64,19 @@ INLINE void put_state(const Work *w, float *states) {
 INLINE void decayed_products(float *out, Work *w, const float *a, const float *b) {
     transpose(w->turned, b, BLOCK, w->width);
     multiply(out, BLOCK, a, w->width, 1, w->turned, BLOCK, BLOCK, BLOCK, w->width, 0);
-    for (i64 i = 0; i < BLOCK; i++) {
-        for (i64 j = 0; j <= i; j++) out[i * BLOCK + j] *= w->power[i - j];
-        for (i64 j = i + 1; j < BLOCK; j++) out[i * BLOCK + j] = 0;
-    }
+    for (int i = 0; i < BLOCK; i++)
+        for (int j = 0; j < BLOCK; j++) {
+            float product = out[i * BLOCK + j] * w->decay[i * BLOCK + j];
+            out[i * BLOCK + j] = j <= i ? product : 0;
+        }
 }
 
 INLINE void scale_queries(const Work *w, float *x) {
-    for (i64 i = 0; i < w->n; i++)
-        for (i64 j = 0; j < w->width; j++) x[i * w->width + j] *= w->power[i + 1];
+    for (i64 i = 0; i < w->n; i++) scale_row(x + i * w->width, w->power[i + 1], w->width);
 }
 
 INLINE void scale_keys(const Work *w, float *x) {
-    for (i64 i = 0; i < w->n; i++)
-        for (i64 j = 0; j < w->width; j++) x[i * w->width + j] *= w->power[w->n - 1 - i];
+    for (i64 i = 0; i < w->n; i++) scale_row(x + i * w->width, w->power[w->n - 1 - i], w->width);
 }
 
 /* out += rows state */
@@ -87,7 +87,7 @@ INLINE void add_through_state(Work *w, const float *rows, const float *state) {
 /* state = d^n state + a^T b */
 INLINE void update_state(Work *w, const float *a, const float *b) {
     i64 width = w->width;
-    for (i64 i = 0; i < width * width; i++) w->state[i] *= w->power[w->n];
+    scale_row(w->state, w->power[w->n], width * width);
     multiply(w->state, width, a, 1, width, b, width, width, width, BLOCK, 1);
 }
 
@@ -96,6 +96,8 @@ INLINE void begin(Work *w, const Lightning *t, i64 task) {
     w->sequence = task / t->heads, w->head = task % t->heads;
     w->width = (t->size + LANES - 1) / LANES * LANES;
     w->power = t->powers + w->head * (BLOCK + 1);
+    for (i64 i = 0; i < BLOCK; i++)
+        for (i64 j = 0; j <= i; j++) w->decay[i * BLOCK + j] = w->power[i - j];
 }
 
 INLINE i64 count_blocks(const Work *w) {
