@@ -1,9 +1,9 @@
 """Which kernel computes which of the packed sequences, and the pieces put together again.
 
-On a CPU: all causal sequences go to C where it was built. On CUDA, as measured on one H200 (README.md): cuDNN is about twice as fast as flash from 1,024 tokens on, but
-takes one sequence at a time and makes a plan for each new length; flash takes any number of short
-sequences at once. So a long sequence goes to cuDNN alone, and what lies between two long ones
-goes to flash together.
+On a CPU all causal sequences go to C at once, where it was built. On one H200 (README.md) cuDNN is
+about twice as fast as flash from 1,024 tokens on, but takes one sequence at a time and makes a plan
+for each new length; flash takes any number of short sequences at once. So a long sequence goes to
+cuDNN alone, and what lies between two long ones goes to flash together.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ MAX_CUDNN_ELEMENTS = 2**31
 # that only shapes which come again are worth a plan
 RECTANGLE_TOKENS = 1024
 MAX_FLASH_SIZE, MAX_CUDNN_SIZE = 256, 128
+# the widest bf16 head that goes to C, which multiplies in fp32: of wider ones torch's products, in
+# bf16 where a processor has them, are faster
+MAX_SHORT_SIZE = 64
 
 
 def is_fused(q: Tensor) -> bool:
@@ -38,7 +41,8 @@ def is_fused(q: Tensor) -> bool:
 
 
 def _runs_passes(q: Tensor) -> bool:
-    return passes.takes(q) and q.shape[2] <= passes.MAX_SIZE
+    widest = MAX_SHORT_SIZE if passes.is_short(q) else passes.MAX_SIZE
+    return passes.takes(q) and q.shape[2] <= widest
 
 
 @functools.lru_cache(maxsize=16)
