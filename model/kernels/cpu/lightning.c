@@ -186,3 +186,36 @@ void lightning_fwd(const Lightning *t, i64 sequences, int threads) {
 void lightning_bwd(const Lightning *t, i64 sequences, int threads) {
     run(lightning_bwd_one, t, sequences, threads);
 }
+
+/* ---- one token of each sequence: state = d state + k^T v in place, out = q state ---- */
+
+typedef struct {
+    Rows q, k, v, out;
+    float *states;      /* [N, H, D, D], slot_step between slots */
+    const float *decay; /* [H] */
+    const i64 *index;   /* [S]: the slot of each sequence */
+    i64 slot_step, heads, size;
+    int is_short;
+} Step;
+
+EACH_CPU void lightning_step_one(const Step *t, i64 sequence, i64 head) {
+    float q[MAX_WIDTH], k[MAX_WIDTH], v[MAX_WIDTH], out[MAX_WIDTH] = {0};
+    i64 size = t->size;
+    load(q, t->q.at, sequence * t->q.step + head * t->q.head_step, size, t->is_short);
+    load(k, t->k.at, sequence * t->k.step + head * t->k.head_step, size, t->is_short);
+    load(v, t->v.at, sequence * t->v.step + head * t->v.head_step, size, t->is_short);
+    float *restrict state = t->states + t->index[sequence] * t->slot_step + head * size * size;
+    float decay = t->decay[head];
+    for (i64 i = 0; i < size; i++, state += size)
+        for (i64 j = 0; j < size; j++) {
+            state[j] = decay * state[j] + k[i] * v[j];
+            out[j] += q[i] * state[j];
+        }
+    store(t->out.at, sequence * t->out.step + head * t->out.head_step, out, size, t->is_short);
+}
+
+void lightning_step(const Step *t, i64 sequences, int threads) {
+#pragma omp parallel for num_threads(threads) if (sequences > TILE)
+    for (i64 i = 0; i < sequences; i++)
+        for (i64 head = 0; head < t->heads; head++) lightning_step_one(t, i, head);
+}

@@ -60,6 +60,17 @@ class Lightning(ctypes.Structure):
     ]
 
 
+class LightningStep(ctypes.Structure):
+    """The struct Step in lightning.c."""
+
+    _fields_ = [
+        *((name, Rows) for name in ("q", "k", "v", "out")),
+        *((name, _POINTER) for name in ("states", "decay", "index")),
+        *((name, _INT64) for name in ("slot_step", "heads", "size")),
+        ("is_short", _FLAG),
+    ]
+
+
 class Attention(ctypes.Structure):
     """The struct of this name in attention.c."""
 
@@ -76,6 +87,7 @@ _ARGUMENTS = {
     "attention_bwd": [_POINTER, _INT64, _FLAG],
     "lightning_fwd": [_POINTER, _INT64, _FLAG],
     "lightning_bwd": [_POINTER, _INT64, _FLAG],
+    "lightning_step": [_POINTER, _INT64, _FLAG],
     "swiglu_fwd": [_POINTER] * 2 + [_INT64] * 2 + [_FLAG] * 2,
     "swiglu_bwd": [_POINTER] * 5 + [_INT64] * 2 + [_FLAG] * 2,
     "add_rows": [_POINTER] * 4 + [_INT64] * 2 + [_FLAG] * 2,
@@ -216,6 +228,19 @@ def lightning(
         **{key: x.data_ptr() for key, x in states.items() if x is not None},
     )  # fmt: skip
     call(name, ctypes.byref(given), len(lengths))
+
+
+def lightning_step(
+    rows: dict[str, Tensor], states: Tensor, slopes: Tensor, index: Tensor
+) -> None:
+    """q, k, v and out [S, H, D] by name; states [N, H, D, D] fp32, whose slots are dense."""
+    q, decay, index = rows["q"], torch.exp(-slopes.float()), index.contiguous()
+    given = LightningStep(
+        states=states.data_ptr(), decay=decay.data_ptr(), index=index.data_ptr(),
+        slot_step=states.stride(0), heads=q.shape[1], size=q.shape[2], is_short=is_short(q),
+        **_rows(rows),
+    )  # fmt: skip
+    call("lightning_step", ctypes.byref(given), len(q))
 
 
 def attention(
