@@ -187,14 +187,18 @@ EACH_CPU void attention_bwd_one(const Attention *t, i64 task, Work *w) {
 
 typedef void One(const Attention *, i64, Work *);
 
-/* tables: how many rooms of the longest sequence's rows a thread needs */
-static void run(One *one, const Attention *t, i64 sequences, i64 tasks, i64 tables, int threads) {
-    i64 longest = 0;
+static i64 longest(const Attention *t, i64 sequences) {
+    i64 most = 0;
     for (i64 i = 0; i < sequences; i++) {
         i64 length = t->starts[i + 1] - t->starts[i];
-        longest = length > longest ? length : longest;
+        most = length > most ? length : most;
     }
-    i64 room = (longest + BLOCK) * (t->size + LANES);
+    return most;
+}
+
+/* tables: how many rooms of the longest sequence's rows a thread needs */
+static void run(One *one, const Attention *t, i64 sequences, i64 tasks, i64 tables, int threads) {
+    i64 room = (longest(t, sequences) + BLOCK) * (t->size + LANES);
 #pragma omp parallel num_threads(threads)
     {
         Work *work = malloc(sizeof(Work) + tables * room * sizeof(float));
@@ -213,4 +217,37 @@ void attention_fwd(const Attention *t, i64 sequences, int threads) {
 
 void attention_bwd(const Attention *t, i64 sequences, int threads) {
     run(attention_bwd_one, t, sequences, sequences * t->key_heads, 4, threads);
+}
+
+/* ---- one query a sequence, which sees all keys from its start to the next one's ---- */
+
+EACH_CPU void attention_one_head(const Attention *t, i64 sequence, i64 head, float *restrict p) {
+    float q[MAX_WIDTH], row[MAX_WIDTH], out[MAX_WIDTH] = {0}, most = HIDDEN, total = 0;
+    i64 size = t->size, first = t->starts[sequence], n = t->starts[sequence + 1] - first;
+    i64 key_head = head / (t->heads / t->key_heads);
+    load(q, t->q.at, sequence * t->q.step + head * t->q.head_step, size, t->is_short);
+    for (i64 j = 0; j < n; j++) {
+        load(row, t->k.at, (first + j) * t->k.step + key_head * t->k.head_step, size, t->is_short);
+        p[j] = t->scale * dot(q, row, size);
+        most = p[j] > most ? p[j] : most;
+    }
+    for (i64 j = 0; j < n; j++) p[j] = exponential(p[j] - most);
+    for (i64 j = 0; j < n; j++) {
+        load(row, t->v.at, (first + j) * t->v.step + key_head * t->v.head_step, size, t->is_short);
+        total += p[j];
+        for (i64 l = 0; l < size; l++) out[l] += p[j] * row[l];
+    }
+    scale_row(out, 1.0f / total, size);
+    store(t->out.at, sequence * t->out.step + head * t->out.head_step, out, size, t->is_short);
+}
+
+void attention_one(const Attention *t, i64 sequences, int threads) {
+#pragma omp parallel num_threads(threads) if (sequences > TILE)
+    {
+        float *p = malloc((longest(t, sequences) + 1) * sizeof(float));
+#pragma omp for schedule(dynamic)
+        for (i64 i = 0; i < sequences; i++)
+            for (i64 head = 0; head < t->heads; head++) attention_one_head(t, i, head, p);
+        free(p);
+    }
 }

@@ -85,6 +85,7 @@ class Attention(ctypes.Structure):
 _ARGUMENTS = {
     "attention_fwd": [_POINTER, _INT64, _FLAG],
     "attention_bwd": [_POINTER, _INT64, _FLAG],
+    "attention_one": [_POINTER, _INT64, _FLAG],
     "lightning_fwd": [_POINTER, _INT64, _FLAG],
     "lightning_bwd": [_POINTER, _INT64, _FLAG],
     "lightning_step": [_POINTER, _INT64, _FLAG],
@@ -230,9 +231,7 @@ def lightning(
     call(name, ctypes.byref(given), len(lengths))
 
 
-def lightning_step(
-    rows: dict[str, Tensor], states: Tensor, slopes: Tensor, index: Tensor
-) -> None:
+def lightning_step(rows: dict[str, Tensor], states: Tensor, slopes: Tensor, index: Tensor) -> None:
     """q, k, v and out [S, H, D] by name; states [N, H, D, D] fp32, whose slots are dense."""
     q, decay, index = rows["q"], torch.exp(-slopes.float()), index.contiguous()
     given = LightningStep(
@@ -244,12 +243,20 @@ def lightning_step(
 
 
 def attention(
-    name: str, rows: dict[str, Tensor], lse: Tensor, lengths: Sequence[int], window: int | None
+    name: str,
+    rows: dict[str, Tensor],
+    lse: Tensor | None,
+    lengths: Sequence[int],
+    window: int | None = None,
 ) -> None:
-    """`attention_fwd` or `attention_bwd`: [T, heads, D] by their names in C, lse [T, H]."""
+    """`attention_fwd` or `attention_bwd`: [T, heads, D] by their names in C, lse [T, H].
+
+    `attention_one` takes q and out [S, H, D] and no lse; the lengths are those of k and v.
+    """
     q, starts = rows["q"], _starts(lengths)
+    steps = (0, 0) if lse is None else lse.stride()
     given = Attention(
-        lse=lse.data_ptr(), lse_step=lse.stride(0), lse_head_step=lse.stride(1),
+        lse=None if lse is None else lse.data_ptr(), lse_step=steps[0], lse_head_step=steps[1],
         starts=ctypes.addressof(starts), heads=q.shape[1], key_heads=rows["k"].shape[1],
         size=q.shape[2], window=window or len(q), scale=q.shape[2] ** -0.5,
         is_short=is_short(q), **_rows(rows),
