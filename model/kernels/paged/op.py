@@ -98,12 +98,13 @@ def _paged(
     keys, values = (store.flatten(0, 1).index_select(0, rows).to(q.dtype) for store in pages)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if form == "auto" and passes.takes(q) and q.shape[2] <= passes.MAX_SIZE:
-        rows = {"q": q if q.stride(2) == 1 else q.contiguous(), "k": keys, "v": values, "out": out}
-        passes.attention("attention_one", rows, None, counts.tolist())
+        q = q if q.stride(2) == 1 else q.contiguous()
+        given = {"q": q, "k": keys, "v": values, "out": out}
+        passes.attention("attention_one", given, None, counts.tolist())
         return out
     of_each = (x.split(counts.tolist()) for x in (keys, values))
     for n, (k, v) in enumerate(zip(*of_each, strict=True)):
         # [H, D] -> [H, 1, D]; [M, G, D] -> [G, M, D]
-        given = q[n, :, None], k.transpose(0, 1), v.transpose(0, 1)
-        out[n] = F.scaled_dot_product_attention(*given, enable_gqa=True)[:, 0]
+        each = q[n, :, None], k.transpose(0, 1), v.transpose(0, 1)
+        out[n] = F.scaled_dot_product_attention(*each, enable_gqa=True)[:, 0]
     return out

@@ -167,5 +167,7 @@ def test_step_updates_its_slots_in_place(dim: int, dtype: torch.dtype):
 @pytest.mark.parametrize("slot", [-1, 4])
 def test_a_slot_that_is_not_there_is_refused(slot: int):
     q = torch.zeros(2, 3, 8)
-    with pytest.raises((ValueError, IndexError), match="expected slots 0 to 3|out of range|bounds"):
+    with pytest.raises(
+        (ValueError, IndexError), match=r"expected slots 0 to 3|out of range|bounds"
+    ):
         lightning_step(q, q, q, torch.zeros(3), torch.zeros(4, 3, 8, 8), torch.tensor([0, slot]))
