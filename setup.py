@@ -6,8 +6,8 @@ setup(
     ext_modules=[
         Extension(
             "model.kernels.cpu._passes",
-            ["model/kernels/cpu/passes.c", "model/kernels/cpu/lightning.c"],
-            depends=["model/kernels/cpu/rows.h"],
+            [f"model/kernels/cpu/{name}.c" for name in ("passes", "lightning", "attention")],
+            depends=[f"model/kernels/cpu/{name}.h" for name in ("rows", "products")],
             # neither lets sums be reordered or NaN be forgotten
             extra_compile_args=["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
             extra_link_args=["-fopenmp", "-lm"],

@@ -85,12 +85,30 @@ def pair(seed: int = 0, **axes: float) -> tuple[HybridForCausalLM, MiniMaxForCau
     return ours.train(), theirs.train()
 
 
+def nearest_choice(model: HybridForCausalLM, tokens: Tensor) -> float:
+    """How far the last expert chosen and the first one left lie apart, in fp64, at the nearest."""
+    with torch.no_grad():
+        out = copy.deepcopy(model).double()(input_ids=tokens, output_router_logits=True)
+    greatest = torch.cat(out.router_logits).topk(model.config.num_experts_per_tok + 1, dim=-1)[0]
+    return float((greatest[:, -2] - greatest[:, -1]).min())
+
+
+def pair_that_agrees(tokens: Tensor, **axes: float) -> tuple[HybridForCausalLM, MiniMaxForCausalLM]:
+    """The first pair in which no rounding of fp32 chooses an expert: that is no difference of the
+    models, and moves every later token."""
+    for seed in range(20):
+        ours, theirs = pair(seed, **axes)
+        if nearest_choice(ours, tokens) > 1e-6:
+            return ours, theirs
+    raise AssertionError(f"{axes}: in every pair two experts are within 1e-6 at some token")
+
+
 def compare(layers: int, dim: int, group: int, length: int) -> None:
     # One token alone: gradients of the router nearly cancel, and at 0.05 either model is 1e-4 off
     # its own fp64 result. There transformers' default stands, and fp64 settles what is left.
     scale = 0.02 if length == 1 else 0.05
-    ours, theirs = pair(layers=layers, dim=dim, group=group, scale=scale)
     tokens = torch.randint(3, 97, (1, length), generator=torch.Generator().manual_seed(length))
+    ours, theirs = pair_that_agrees(tokens, layers=layers, dim=dim, group=group, scale=scale)
     mine = ours(input_ids=tokens, labels=tokens, output_router_logits=True)
     other = theirs(input_ids=tokens, labels=tokens, output_router_logits=True)
     assert_close("logits", mine.logits, other.logits, 1e-5)

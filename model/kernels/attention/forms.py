@@ -1,4 +1,5 @@
-"""The attention kernels that torch brings: each a forward with the log-sum-exp, and a backward.
+"""The attention kernels that torch brings, and the one in C for a CPU: each a forward with the
+log-sum-exp, and a backward.
 
 A backward takes `out` and `lse` as they are: those of the piece itself, or, where the keys are cut
 into pieces, those of the merged whole. P = exp(s - lse) and delta = sum(grad * out) are then the
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.kernels.cpu import passes
 
 aten = torch.ops.aten
 Grads = tuple[Tensor, Tensor, Tensor]
@@ -212,9 +215,31 @@ def _cpu_backward(
     return dq, dk, dv
 
 
+def _dense(**rows: Tensor) -> dict[str, Tensor]:
+    return {name: x if x.stride(2) == 1 else x.contiguous() for name, x in rows.items()}
+
+
+def _rows_forward(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32).t()
+    rows = _dense(q=q, k=k, v=v)
+    passes.attention("attention_fwd", {**rows, "out": out}, lse, piece.lengths, piece.window)
+    return out, lse
+
+
+def _rows_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, piece: Piece
+) -> Grads:
+    rows = _dense(grad=grad, q=q, k=k, v=v, out=out)
+    grads = {f"to_{name}": torch.empty(rows[name].shape, dtype=q.dtype) for name in "qkv"}
+    passes.attention("attention_bwd", {**rows, **grads}, lse, piece.lengths, piece.window)
+    return grads["to_q"], grads["to_k"], grads["to_v"]
+
+
 FORMS = {
     "cudnn": Form(_cudnn_forward, _cudnn_backward),
     "flash": Form(_flash_forward, _flash_backward),
     "efficient": Form(_efficient_forward, _efficient_backward),
     "cpu": Form(_cpu_forward, _cpu_backward),
+    "rows": Form(_rows_forward, _rows_backward),
 }

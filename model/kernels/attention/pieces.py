@@ -1,9 +1,9 @@
 """Which kernel computes which of the packed sequences, and the pieces put together again.
 
-As measured on one H200 (README.md): cuDNN is about twice as fast as flash from 1,024 tokens on, but
-takes one sequence at a time and makes a plan for each new length; flash takes any number of short
-sequences at once. So a long sequence goes to cuDNN alone, and what lies between two long ones
-goes to flash together.
+On a CPU all causal sequences go to C at once, where it was built. On one H200 (README.md) cuDNN is
+about twice as fast as flash from 1,024 tokens on, but takes one sequence at a time and makes a plan
+for each new length; flash takes any number of short sequences at once. So a long sequence goes to
+cuDNN alone, and what lies between two long ones goes to flash together.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.attention.forms import FORMS, Grads, Piece
+from model.kernels.cpu import passes
 
 # tokens from which a sequence goes to cuDNN alone, and elements of q that it never reaches: beyond
 # 32-bit offsets it was not measured
@@ -25,15 +26,23 @@ MAX_CUDNN_ELEMENTS = 2**31
 # that only shapes which come again are worth a plan
 RECTANGLE_TOKENS = 1024
 MAX_FLASH_SIZE, MAX_CUDNN_SIZE = 256, 128
+# the widest bf16 head that goes to C, which multiplies in fp32: of wider ones torch's products, in
+# bf16 where a processor has them, are faster
+MAX_SHORT_SIZE = 64
 
 
 def is_fused(q: Tensor) -> bool:
-    """Whether a CUDA form takes q [T, H, D] as it is."""
+    """Whether a form with the log-sum-exp takes q [T, H, D] as it is."""
     if not q.is_cuda:
-        return False
+        return _runs_passes(q)
     if q.dtype in (torch.bfloat16, torch.float16):
         return q.shape[2] % 8 == 0 and q.shape[2] <= MAX_FLASH_SIZE
     return q.dtype == torch.float32 and q.shape[2] % 4 == 0
+
+
+def _runs_passes(q: Tensor) -> bool:
+    widest = MAX_SHORT_SIZE if passes.is_short(q) else passes.MAX_SIZE
+    return passes.takes(q) and q.shape[2] <= widest
 
 
 @functools.lru_cache(maxsize=16)
@@ -50,6 +59,8 @@ def choose(
     keys = None if key_lengths is None else tuple(key_lengths)
     if window is not None and window >= max(lengths):
         window = None
+    if keys is None and _runs_passes(q):
+        return [Piece("rows", tuple(lengths), None, window)]
     if not q.is_cuda:
         return [
             Piece("cpu", (length,), keys and (keys[i],), window) for i, length in enumerate(lengths)

@@ -9,38 +9,7 @@
  * Rows are cut off at size and held with `width` columns, a multiple of LANES, zero behind.
  */
 
-#include "rows.h"
-
-enum { BLOCK = 32, MAX_WIDTH = 256, TILE = 8 };
-
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-/* c = a b, or c += a b: [m, k], [k, n]; m a multiple of TILE, n of LANES, a of any strides */
-INLINE void multiply(float *c, i64 c_row, const float *a, i64 a_row, i64 a_column, const float *b,
-                     i64 b_row, i64 m, i64 n, i64 k, int adds) {
-    for (i64 i = 0; i < m; i += TILE)
-        for (i64 j = 0; j < n; j += LANES) {
-            lanes sum[TILE];
-            for (int r = 0; r < TILE; r++)
-                sum[r] = adds ? *(const lanes *)(c + (i + r) * c_row + j) : (lanes){0};
-            for (i64 l = 0; l < k; l++) {
-                lanes y = *(const lanes *)(b + l * b_row + j);
-                for (int r = 0; r < TILE; r++) sum[r] += a[(i + r) * a_row + l * a_column] * y;
-            }
-            for (int r = 0; r < TILE; r++) *(lanes *)(c + (i + r) * c_row + j) = sum[r];
-        }
-}
-
-INLINE void transpose(float *restrict to, const float *restrict from, i64 rows, i64 columns) {
-    for (i64 j = 0; j < columns; j++)
-        for (i64 i = 0; i < rows; i++) to[j * rows + i] = from[i * columns + j];
-}
-
-/* numbers of one tensor [T, H, D], its steps between tokens and heads */
-typedef struct {
-    void *at;
-    i64 step, head_step;
-} Rows;
+#include "products.h"
 
 typedef struct {
     Rows q, k, v, out, to_q, to_k, to_v; /* out is its gradient in the backward */
@@ -57,6 +26,7 @@ typedef struct {
     const Lightning *t;
     i64 sequence, head, width, first, n; /* of the block: first token and how many */
     const float *power;
+    float decay[BLOCK * BLOCK]; /* [query, key], of those the query sees */
     float q[BLOCK * MAX_WIDTH], k[BLOCK * MAX_WIDTH], v[BLOCK * MAX_WIDTH], d[BLOCK * MAX_WIDTH];
     float turned[BLOCK * MAX_WIDTH], out[BLOCK * MAX_WIDTH];
     float scores[BLOCK * BLOCK], slopes[BLOCK * BLOCK];
@@ -64,17 +34,11 @@ typedef struct {
 } Work;
 
 INLINE void get(float *to, const Work *w, Rows rows) {
-    i64 size = w->t->size;
-    memset(to, 0, BLOCK * w->width * sizeof(float));
-    for (i64 i = 0; i < w->n; i++)
-        load(to + i * w->width, rows.at, (w->first + i) * rows.step + w->head * rows.head_step, size,
-             w->t->is_short);
+    get_block(to, rows, w->first, w->n, w->head, w->t->size, w->width, w->t->is_short);
 }
 
 INLINE void put(const Work *w, Rows rows, const float *from) {
-    for (i64 i = 0; i < w->n; i++)
-        store(rows.at, (w->first + i) * rows.step + w->head * rows.head_step, from + i * w->width,
-              w->t->size, w->t->is_short);
+    put_block(rows, w->first, w->n, w->head, from, w->t->size, w->width, w->t->is_short);
 }
 
 /* a state of [size, size] in and out; is_turned: of the transpose */
@@ -100,20 +64,19 @@ INLINE void put_state(const Work *w, float *states) {
 INLINE void decayed_products(float *out, Work *w, const float *a, const float *b) {
     transpose(w->turned, b, BLOCK, w->width);
     multiply(out, BLOCK, a, w->width, 1, w->turned, BLOCK, BLOCK, BLOCK, w->width, 0);
-    for (i64 i = 0; i < BLOCK; i++) {
-        for (i64 j = 0; j <= i; j++) out[i * BLOCK + j] *= w->power[i - j];
-        for (i64 j = i + 1; j < BLOCK; j++) out[i * BLOCK + j] = 0;
-    }
+    for (int i = 0; i < BLOCK; i++)
+        for (int j = 0; j < BLOCK; j++) {
+            float product = out[i * BLOCK + j] * w->decay[i * BLOCK + j];
+            out[i * BLOCK + j] = j <= i ? product : 0;
+        }
 }
 
 INLINE void scale_queries(const Work *w, float *x) {
-    for (i64 i = 0; i < w->n; i++)
-        for (i64 j = 0; j < w->width; j++) x[i * w->width + j] *= w->power[i + 1];
+    for (i64 i = 0; i < w->n; i++) scale_row(x + i * w->width, w->power[i + 1], w->width);
 }
 
 INLINE void scale_keys(const Work *w, float *x) {
-    for (i64 i = 0; i < w->n; i++)
-        for (i64 j = 0; j < w->width; j++) x[i * w->width + j] *= w->power[w->n - 1 - i];
+    for (i64 i = 0; i < w->n; i++) scale_row(x + i * w->width, w->power[w->n - 1 - i], w->width);
 }
 
 /* out += rows state */
@@ -124,7 +87,7 @@ INLINE void add_through_state(Work *w, const float *rows, const float *state) {
 /* state = d^n state + a^T b */
 INLINE void update_state(Work *w, const float *a, const float *b) {
     i64 width = w->width;
-    for (i64 i = 0; i < width * width; i++) w->state[i] *= w->power[w->n];
+    scale_row(w->state, w->power[w->n], width * width);
     multiply(w->state, width, a, 1, width, b, width, width, width, BLOCK, 1);
 }
 
@@ -133,6 +96,8 @@ INLINE void begin(Work *w, const Lightning *t, i64 task) {
     w->sequence = task / t->heads, w->head = task % t->heads;
     w->width = (t->size + LANES - 1) / LANES * LANES;
     w->power = t->powers + w->head * (BLOCK + 1);
+    for (i64 i = 0; i < BLOCK; i++)
+        for (i64 j = 0; j <= i; j++) w->decay[i * BLOCK + j] = w->power[i - j];
 }
 
 INLINE i64 count_blocks(const Work *w) {
@@ -220,4 +185,37 @@ void lightning_fwd(const Lightning *t, i64 sequences, int threads) {
 
 void lightning_bwd(const Lightning *t, i64 sequences, int threads) {
     run(lightning_bwd_one, t, sequences, threads);
+}
+
+/* ---- one token of each sequence: state = d state + k^T v in place, out = q state ---- */
+
+typedef struct {
+    Rows q, k, v, out;
+    float *states;      /* [N, H, D, D], slot_step between slots */
+    const float *decay; /* [H] */
+    const i64 *index;   /* [S]: the slot of each sequence */
+    i64 slot_step, heads, size;
+    int is_short;
+} Step;
+
+EACH_CPU void lightning_step_one(const Step *t, i64 sequence, i64 head) {
+    float q[MAX_WIDTH], k[MAX_WIDTH], v[MAX_WIDTH], out[MAX_WIDTH] = {0};
+    i64 size = t->size;
+    load(q, t->q.at, sequence * t->q.step + head * t->q.head_step, size, t->is_short);
+    load(k, t->k.at, sequence * t->k.step + head * t->k.head_step, size, t->is_short);
+    load(v, t->v.at, sequence * t->v.step + head * t->v.head_step, size, t->is_short);
+    float *restrict state = t->states + t->index[sequence] * t->slot_step + head * size * size;
+    float decay = t->decay[head];
+    for (i64 i = 0; i < size; i++, state += size)
+        for (i64 j = 0; j < size; j++) {
+            state[j] = decay * state[j] + k[i] * v[j];
+            out[j] += q[i] * state[j];
+        }
+    store(t->out.at, sequence * t->out.step + head * t->out.head_step, out, size, t->is_short);
+}
+
+void lightning_step(const Step *t, i64 sequences, int threads) {
+#pragma omp parallel for num_threads(threads) if (sequences > TILE)
+    for (i64 i = 0; i < sequences; i++)
+        for (i64 head = 0; head < t->heads; head++) lightning_step_one(t, i, head);
 }

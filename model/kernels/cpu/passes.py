@@ -1,4 +1,4 @@
-"""Calls of `passes.c` and `lightning.c`: passes of a CPU over rows, of which torch makes many.
+"""Calls of the C files here: passes of a CPU over rows, of which torch makes many.
 
 setup.py builds the C files where a compiler is; where they were not built `takes` says no, and an
 op's torch form serves. Callers check shapes: here are addresses only.
@@ -18,7 +18,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16)
 # rows whose sums make one row of partial sums of a weight's gradient, as in passes.c
 ROWS = 64
-# the widest head that silu_qkv and lightning take
+# the widest head that silu_qkv, lightning and attention take
 MAX_SIZE = 256
 
 _POINTER, _INT64, _FLAG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -45,7 +45,7 @@ class NormGrads(ctypes.Structure):
 
 
 class Rows(ctypes.Structure):
-    """The struct of this name in lightning.c."""
+    """The struct of this name in products.h."""
 
     _fields_ = [("at", _POINTER), ("step", _INT64), ("head_step", _INT64)]
 
@@ -60,9 +60,35 @@ class Lightning(ctypes.Structure):
     ]
 
 
+class LightningStep(ctypes.Structure):
+    """The struct Step in lightning.c."""
+
+    _fields_ = [
+        *((name, Rows) for name in ("q", "k", "v", "out")),
+        *((name, _POINTER) for name in ("states", "decay", "index")),
+        *((name, _INT64) for name in ("slot_step", "heads", "size")),
+        ("is_short", _FLAG),
+    ]
+
+
+class Attention(ctypes.Structure):
+    """The struct of this name in attention.c."""
+
+    _fields_ = [
+        *((name, Rows) for name in ("q", "k", "v", "out", "grad", "to_q", "to_k", "to_v")),
+        *(("lse", _POINTER), ("lse_step", _INT64), ("lse_head_step", _INT64), ("starts", _POINTER)),
+        *((name, _INT64) for name in ("heads", "key_heads", "size", "window")),
+        *(("scale", _FLOAT), ("is_short", _FLAG)),
+    ]
+
+
 _ARGUMENTS = {
+    "attention_fwd": [_POINTER, _INT64, _FLAG],
+    "attention_bwd": [_POINTER, _INT64, _FLAG],
+    "attention_one": [_POINTER, _INT64, _FLAG],
     "lightning_fwd": [_POINTER, _INT64, _FLAG],
     "lightning_bwd": [_POINTER, _INT64, _FLAG],
+    "lightning_step": [_POINTER, _INT64, _FLAG],
     "swiglu_fwd": [_POINTER] * 2 + [_INT64] * 2 + [_FLAG] * 2,
     "swiglu_bwd": [_POINTER] * 5 + [_INT64] * 2 + [_FLAG] * 2,
     "add_rows": [_POINTER] * 4 + [_INT64] * 2 + [_FLAG] * 2,
@@ -77,7 +103,7 @@ _ARGUMENTS = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """What was built of passes.c, or None."""
+    """What was built of the C files, or None."""
     found = importlib.util.find_spec("model.kernels.cpu._passes")
     if found is None or found.origin is None:
         return None
@@ -196,12 +222,52 @@ def lightning(
     lengths: Sequence[int],
 ) -> None:
     """`lightning_fwd` or `lightning_bwd`: [T, H, D] and [S, H, D, D] by their names in C."""
-    q = rows["q"]
-    starts = (_INT64 * (len(lengths) + 1))(0, *itertools.accumulate(lengths))
+    q, starts = rows["q"], _starts(lengths)
     given = Lightning(
         powers=powers.data_ptr(), starts=ctypes.addressof(starts),
-        heads=q.shape[1], size=q.shape[2], is_short=is_short(q),
-        **{key: Rows(x.data_ptr(), *x.stride()[:2]) for key, x in rows.items()},
+        heads=q.shape[1], size=q.shape[2], is_short=is_short(q), **_rows(rows),
         **{key: x.data_ptr() for key, x in states.items() if x is not None},
     )  # fmt: skip
     call(name, ctypes.byref(given), len(lengths))
+
+
+def lightning_step(rows: dict[str, Tensor], states: Tensor, slopes: Tensor, index: Tensor) -> None:
+    """q, k, v and out [S, H, D] by name; states [N, H, D, D] fp32, whose slots are dense."""
+    q, decay, index = rows["q"], torch.exp(-slopes.float()), index.contiguous()
+    given = LightningStep(
+        states=states.data_ptr(), decay=decay.data_ptr(), index=index.data_ptr(),
+        slot_step=states.stride(0), heads=q.shape[1], size=q.shape[2], is_short=is_short(q),
+        **_rows(rows),
+    )  # fmt: skip
+    call("lightning_step", ctypes.byref(given), len(q))
+
+
+def attention(
+    name: str,
+    rows: dict[str, Tensor],
+    lse: Tensor | None,
+    lengths: Sequence[int],
+    window: int | None = None,
+) -> None:
+    """`attention_fwd` or `attention_bwd`: [T, heads, D] by their names in C, lse [T, H].
+
+    `attention_one` takes q and out [S, H, D] and no lse; the lengths are those of k and v.
+    """
+    q, starts = rows["q"], _starts(lengths)
+    steps = (0, 0) if lse is None else lse.stride()
+    given = Attention(
+        lse=None if lse is None else lse.data_ptr(), lse_step=steps[0], lse_head_step=steps[1],
+        starts=ctypes.addressof(starts), heads=q.shape[1], key_heads=rows["k"].shape[1],
+        size=q.shape[2], window=window or len(q), scale=q.shape[2] ** -0.5,
+        is_short=is_short(q), **_rows(rows),
+    )  # fmt: skip
+    call(name, ctypes.byref(given), len(lengths))
+
+
+def _starts(lengths: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (_INT64 * (len(lengths) + 1))(0, *itertools.accumulate(lengths))
+
+
+def _rows(rows: dict[str, Tensor]) -> dict[str, Rows]:
+    assert all(x.stride(2) == 1 or x.shape[2] == 1 for x in rows.values()), "rows are dense"
+    return {key: Rows(x.data_ptr(), *x.stride()[:2]) for key, x in rows.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from model.kernels.cpu import passes
 from model.kernels.lightning.blocks import lightning_blocks
 from model.kernels.lightning.plan import FirstRows
-from model.kernels.lightning.rows import lightning_rows
+from model.kernels.lightning.rows import lightning_rows, lightning_step_rows
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TRITON_SIZE = 256
@@ -109,7 +109,7 @@ def lightning_step(
     Returns: [S, H, D] in the dtype of v, q_s times the new state.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit.
+        ValueError: if shapes, dtypes or devices do not fit; on a CPU, if a slot is none of the N.
 
     Example:
         >>> q = k = v = torch.ones(1, 1, 2)
@@ -126,6 +126,9 @@ def lightning_step(
             from model.kernels.lightning.launch import lightning_step_triton
 
             return lightning_step_triton(q, k, v, slopes, states, index)
+        if form == "auto" and fits and passes.takes(q) and size <= passes.MAX_SIZE:
+            _check_slots(index, len(states))
+            return lightning_step_rows(q, k, v, slopes, states, index)
         out, new = _step(q, k, v, slopes, states.index_select(0, index))
         states.index_copy_(0, index, new)
         return out
@@ -211,6 +214,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> None:
         raise ValueError(
             f"q on {q.device}, k on {k.device}, v on {v.device}, slopes on {slopes.device}: "
             "expected one device"
+        )
+
+
+def _check_slots(index: Tensor, slots: int) -> None:
+    """C would write wherever it is told to."""
+    if index.dtype != torch.int64:
+        raise ValueError(f"index {index.dtype}, expected torch.int64")
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < slots:
+        raise ValueError(
+            f"index {int(index.min())} to {int(index.max())}: expected slots 0 to {slots - 1}"
         )
 
 

@@ -46,6 +46,16 @@ def _state(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
+def lightning_step_rows(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, states: Tensor, index: Tensor
+) -> Tensor:
+    """Same numbers as the torch form of `op.lightning_step`; arguments checked there."""
+    out = torch.empty(q.shape, dtype=v.dtype)
+    rows = {"q": _dense(q), "k": _dense(k), "v": _dense(v), "out": out}
+    passes.lightning_step(rows, states, slopes, index)
+    return out
+
+
 class _Lightning(torch.autograd.Function):
     @staticmethod
     def forward(

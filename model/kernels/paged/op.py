@@ -1,7 +1,7 @@
 """Attention of one new token a sequence to keys and values in pages: the entry.
 
-Torch on any device, Triton on CUDA (`launch.py`), where nothing waits for the device and every
-shape is fixed, so that it can be captured in a graph.
+Torch on any device, C on a CPU where it was built, Triton on CUDA (`launch.py`), where nothing
+waits for the device and every shape is fixed, so that it can be captured in a graph.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.kernels.cpu import passes
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TRITON_SIZE = 256
@@ -37,7 +39,7 @@ def paged_attention(
         index: [S] int64, row of each sequence in the table.
         lengths: [S] int64, tokens of each sequence, >= 1, the new one included.
         window: tokens that a query sees, itself included; None sees all.
-        form: `auto` takes Triton on CUDA, and torch on a CPU, for fp64 and for D > 256.
+        form: `auto` takes Triton on CUDA and C on a CPU, and torch for fp64 and for D > 256.
 
     Returns: [S, H, D] in the dtype of q; scaled by 1 / sqrt(D).
 
@@ -56,7 +58,7 @@ def paged_attention(
         from model.kernels.paged.launch import paged_triton
 
         return paged_triton(q, pages, table, index, lengths, window=window)
-    return _paged(q, pages, table, index, lengths, window)
+    return _paged(q, pages, table, index, lengths, window, form)
 
 
 def _check(q: Tensor, pages: Tensor, table: Tensor, index: Tensor, lengths: Tensor) -> None:
@@ -78,22 +80,31 @@ def _check(q: Tensor, pages: Tensor, table: Tensor, index: Tensor, lengths: Tens
 
 
 def _paged(
-    q: Tensor, pages: Tensor, table: Tensor, index: Tensor, lengths: Tensor, window: int | None
+    q: Tensor,
+    pages: Tensor,
+    table: Tensor,
+    index: Tensor,
+    lengths: Tensor,
+    window: int | None,
+    form: Form,
 ) -> Tensor:
-    """Each sequence by a call of its own: a batched product's bits depend on the batch."""
+    """In C, or each sequence by a call of its own: a batched product's bits depend on the batch."""
     size = pages.shape[2]
     counts = lengths if window is None else lengths.clamp(max=window)
     ends = counts.cumsum(0)
     of = torch.arange(len(q), device=q.device).repeat_interleave(counts)
     place = torch.arange(len(of), device=q.device) - (ends - lengths)[of]
     rows = table[index[of], place // size].long() * size + place % size
-    keys, values = (
-        store.flatten(0, 1).index_select(0, rows).to(q.dtype).split(counts.tolist())
-        for store in pages
-    )
-    out = torch.empty_like(q)
-    for n, (k, v) in enumerate(zip(keys, values, strict=True)):
+    keys, values = (store.flatten(0, 1).index_select(0, rows).to(q.dtype) for store in pages)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if form == "auto" and passes.takes(q) and q.shape[2] <= passes.MAX_SIZE:
+        q = q if q.stride(2) == 1 else q.contiguous()
+        given = {"q": q, "k": keys, "v": values, "out": out}
+        passes.attention("attention_one", given, None, counts.tolist())
+        return out
+    of_each = (x.split(counts.tolist()) for x in (keys, values))
+    for n, (k, v) in enumerate(zip(*of_each, strict=True)):
         # [H, D] -> [H, 1, D]; [M, G, D] -> [G, M, D]
-        given = q[n, :, None], k.transpose(0, 1), v.transpose(0, 1)
-        out[n] = F.scaled_dot_product_attention(*given, enable_gqa=True)[:, 0]
+        each = q[n, :, None], k.transpose(0, 1), v.transpose(0, 1)
+        out[n] = F.scaled_dot_product_attention(*each, enable_gqa=True)[:, 0]
     return out

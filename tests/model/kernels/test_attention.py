@@ -17,7 +17,7 @@ from model.kernels.attention.op import (
     packed_attention_lse,
 )
 from model.kernels.attention.reference import attention_reference
-from tests.helpers import assert_close
+from tests.helpers import TOLERANCE, assert_close
 
 RAGGED = ([1], [63], [64], [65], [1000], [65, 1, 130], [1, 1, 1], [33, 200, 1, 64, 31])
 
@@ -43,6 +43,7 @@ def run(
     return {"output": out, **grads}
 
 
+@pytest.mark.usefixtures("cpu_form", "poison")
 @pytest.mark.parametrize("window", [None, 1, 40])
 @pytest.mark.parametrize(
     ("lengths", "heads", "kv_heads", "dim"),
@@ -50,6 +51,8 @@ def run(
         *((lengths, 3, 1, 32) for lengths in RAGGED),
         ([63, 1], 8, 8, 64),
         ([65, 2], 8, 2, 128),
+        ([70, 9], 6, 2, 33),
+        ([40], 2, 1, 1),
     ],
 )
 def test_equals_each_sequence_alone(
@@ -64,6 +67,53 @@ def test_equals_each_sequence_alone(
             assert float(found[name].abs().max()) < 1e-5, name
             continue
         assert_close(name, found[name], value, 1e-6)
+
+
+@pytest.mark.usefixtures("cpu_form", "poison")
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dim", [33, 64, 128])
+def test_bf16_equals_the_formula(dim: int, window: int | None):
+    lengths = [65, 1, 130]
+    qkv = [x.bfloat16() for x in inputs(sum(lengths), heads=6, kv_heads=2, dim=dim)]
+    found = run("op", qkv, lengths, window)
+    exact = run("reference", [x.double() for x in qkv], lengths, window)
+    for name, value in exact.items():
+        assert found[name].dtype == torch.bfloat16
+        assert_close(name, found[name], value, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.usefixtures("cpu_form")
+def test_any_strides_are_read_in_place():
+    torch.manual_seed(0)
+    wide = torch.randn(80, 9, 40)
+    views = wide[:, :4, 3:35], wide[:, 4:6, 1:33], wide.permute(2, 1, 0)[:32, 6:8].permute(2, 1, 0)
+    found, exact = (run("op", x, [70, 10], None) for x in (views, [x.contiguous() for x in views]))
+    for name, value in exact.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.usefixtures("cpu_form")
+def test_lse_of_fp32_equals_the_whole_softmax():
+    qkv = inputs(99, heads=6, kv_heads=2, dim=32)
+    out, lse = packed_attention_lse(*qkv, [99])
+    seen = torch.ones(99, 99, dtype=torch.bool).tril()
+    assert_close("lse", lse, scores(*(x.double() for x in qkv[:2]), seen).logsumexp(-1).T, 1e-6)
+    grad = torch.randn_like(out)
+    leaves = [x.clone().requires_grad_() for x in qkv]
+    exact = torch.autograd.grad(packed_attention(*leaves, [99]), leaves, grad)
+    # as whoever merges pieces lays it out
+    given = (*qkv, out, lse.contiguous(), [99])
+    for name, a, b in zip("qkv", packed_attention_backward(grad, *given), exact, strict=True):
+        assert_close(f"gradient of {name}", a, b, 1e-6)
+
+
+@pytest.mark.usefixtures("cpu_form")
+def test_large_scores_stay_finite():
+    q, k, v = inputs(70, heads=2, kv_heads=1, dim=32)
+    found = run("op", (200 * q, 200 * k, v), [70], None)
+    exact = run("reference", [x.double() for x in (200 * q, 200 * k, v)], [70], None)
+    assert_close("output", found["output"], exact["output"], 1e-5)
+    assert all(torch.isfinite(x).all() for x in found.values())
 
 
 @pytest.mark.parametrize("window", [None, 7])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.lightning.op import lightning_attention
+from model.kernels.lightning.op import lightning_attention, lightning_step
 from model.kernels.lightning.reference import lightning_reference
 from tests.helpers import TOLERANCE, assert_close
 
@@ -139,3 +139,35 @@ def test_shapes_that_do_not_fit_are_refused():
         lightning_attention(q, k, v, slopes, [3])
     with pytest.raises(ValueError, match=r"initial_state .* expected \(1, 2, 8, 8\)"):
         lightning_attention(q, k, v, slopes, [4], initial_state=state[:, :1])
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 32, 33, 128])
+def test_step_updates_its_slots_in_place(dim: int, dtype: torch.dtype):
+    qkv, slopes, _ = inputs([9], heads=3, dim=dim, dtype=dtype)
+    # heads outermost in memory, as a layer gives them
+    qkv = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in qkv]
+    states, index = torch.randn(12, 3, dim, dim), torch.tensor([3, 0, 11, 7, 1, 2, 10, 4, 6])
+    before = states.clone()
+    out = lightning_step(*qkv, slopes, states, index)
+    expected, new = lightning_reference(
+        *(x.double() for x in qkv), slopes, [1] * 9, initial_state=before[index].double()
+    )
+    assert out.dtype == dtype
+    assert_close("output", out, expected, TOLERANCE[dtype])
+    assert_close("state", states[index], new, 1e-6)
+    assert torch.equal(states[[5, 8, 9]], before[[5, 8, 9]])
+    alone = before.clone()
+    own = lightning_step(*(x[4:5] for x in qkv), slopes, alone, index[4:5])
+    assert torch.equal(own[0], out[4])
+    assert torch.equal(alone[1], states[1])
+
+
+@pytest.mark.parametrize("slot", [-1, 4])
+def test_a_slot_that_is_not_there_is_refused(slot: int):
+    q = torch.zeros(2, 3, 8)
+    with pytest.raises(
+        (ValueError, IndexError), match=r"expected slots 0 to 3|out of range|bounds"
+    ):
+        lightning_step(q, q, q, torch.zeros(3), torch.zeros(4, 3, 8, 8), torch.tensor([0, slot]))

@@ -1,4 +1,4 @@
-"""Attention to pages: the torch form against packed attention, the Triton form against it."""
+"""Attention to pages: the CPU forms against packed attention, the Triton form against torch's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.kernels.attention.op import packed_attention
 from model.kernels.paged.op import paged_attention
-from tests.helpers import assert_close, slow
+from tests.helpers import TOLERANCE, assert_close, slow
 from tests.model.kernels import formula
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -46,12 +46,26 @@ def exact(q: Tensor, lengths: Tensor, keys: Tensor, window: int | None) -> Tenso
     return packed_attention(every, *keys, lengths.tolist(), window=window)[rows]
 
 
+@pytest.mark.usefixtures("cpu_form")
 @pytest.mark.parametrize("window", [None, 1, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_torch_form_is_the_packed_form(window: int | None, dtype: torch.dtype):
-    q, *arguments, keys = case([1, 16, 17, 300], 4, 2, 16, 16, dtype)
+@pytest.mark.parametrize("size", [1, 16, 33, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_on_a_cpu_it_is_the_packed_form(window: int | None, dtype: torch.dtype, size: int):
+    q, *arguments, keys = case([1, 16, 17, 300], 4, 2, size, 16, dtype)
     found = paged_attention(q, *arguments, window=window)
-    assert_close("out", found, exact(q, arguments[3], keys, window), 1e-6)
+    assert found.dtype == dtype
+    reference = exact(q.double(), arguments[3], keys.double(), window)
+    assert_close("out", found, reference, max(TOLERANCE[dtype] / 10, 1e-6))
+
+
+@pytest.mark.usefixtures("cpu_form")
+def test_a_sequence_has_the_bits_it_has_alone():
+    q, pages, table, index, lengths, _ = case([9, 16, 17, 300], 4, 2, 32, 16, torch.float32)
+    together = paged_attention(q, pages, table, index, lengths)
+    for i in range(4):
+        own = slice(i, i + 1)
+        alone = paged_attention(q[own], pages, table, index[own], lengths[own])
+        assert torch.equal(alone[0], together[i])
 
 
 # few programs leave few shares of a sequence, most of which would be empty here; interpreted, each

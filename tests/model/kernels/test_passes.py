@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.kernels.attention.op import packed_attention
 from model.kernels.cpu import passes
 from model.kernels.experts.op import expert_layer
 from model.kernels.lightning.op import lightning_attention
@@ -101,6 +102,11 @@ def every_op(dtype: torch.dtype) -> list[Tensor]:
         return lightning_attention(q, k, v, slopes, [201, 99], **options)
 
     found += with_grads(lightning, *qkv, states)
+    keys, values = (noise(300, 2, 32, dtype=dtype) for _ in range(2))
+    found += with_grads(
+        lambda *x: (packed_attention(*x, [201, 99], window=150),),
+        noise(300, 4, 32, dtype=dtype), keys, values,
+    )  # fmt: skip
     chosen = torch.rand(300, 4).argsort(-1)[:, :2]
     weights = noise(4, 128, 96, dtype=dtype), noise(4, 96, 64, dtype=dtype)
     found += with_grads(
@@ -128,9 +134,12 @@ def test_threads_change_no_bit_of_a_pass(dtype: torch.dtype, threads: Callable[[
         total = torch.zeros(40, 96, dtype=dtype)
         passes.add_rows(total, row, back, scale)
         norm = with_grads(lambda *x: (gated_norm(*x, 1e-5),), back, inner[:, :96], torch.ones(96))
-        found.append(
-            [passes.swiglu(inner), *passes.swiglu_grad(inner, back.clone(), scale), total, *norm]
+        heads = inner.view(300, 6, 32)
+        attended = with_grads(
+            lambda *x: (packed_attention(*x, [201, 99]),), heads[:, :4], heads[:, 4:], heads[:, 2:4]
         )
+        passed = passes.swiglu(inner), *passes.swiglu_grad(inner, back.clone(), scale), total
+        found.append([*passed, *norm, *attended])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 
@@ -143,6 +152,22 @@ def test_a_lightning_sequence_has_the_bits_it_has_alone():
     packed, _ = lightning_attention(q, k, v, slopes, [33, 1, 136])
     alone, _ = lightning_attention(q[34:], k[34:], v[34:], slopes, [136])
     assert torch.equal(packed[34:], alone)
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_document_has_the_bits_of_softmax_attention_that_it_has_alone(dtype: torch.dtype):
+    torch.manual_seed(0)
+    given = [noise(170, heads, 40, dtype=dtype) for heads in (4, 2, 2)]
+    leaves = [x.clone().requires_grad_() for x in given]
+    grad = noise(170, 4, 40, dtype=dtype)
+    packed = packed_attention(*leaves, [33, 1, 136])
+    together = packed, *torch.autograd.grad(packed, leaves, grad)
+    own = [x[34:].clone().requires_grad_() for x in given]
+    alone = packed_attention(*own, [136])
+    apart = alone, *torch.autograd.grad(alone, own, grad[34:])
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one[34:], other)
 
 
 @built
@@ -175,6 +200,21 @@ def test_what_is_not_finite_shows(dtype: torch.dtype, value: float):
         assert not torch.isfinite(found).all()
     assert torch.isfinite(rms_norm(x, torch.ones(96), 1e-5)[4]).all()
     assert torch.isfinite(attended[:3]).all()
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_what_is_not_finite_shows_in_softmax_attention(
+    which: str, value: float, dtype: torch.dtype
+):
+    # torch's own kernel gives zeros for an infinite bf16 score
+    rows = {name: torch.ones(70, 1, 32, dtype=dtype) for name in "qkv"}
+    rows[which][40, 0, 5] = value
+    found = packed_attention(*rows.values(), [35, 35])
+    assert not torch.isfinite(found[40]).all()
+    assert torch.isfinite(found[:35]).all()
 
 
 @built
