@@ -126,8 +126,9 @@ def lightning_step(
             from model.kernels.lightning.launch import lightning_step_triton
 
             return lightning_step_triton(q, k, v, slopes, states, index)
-        if form == "auto" and fits and passes.takes(q) and size <= passes.MAX_SIZE:
-            _check_slots(index, len(states))
+        is_small = q.shape[2] <= passes.MAX_SIZE
+        if form == "auto" and _is_in_place(states) and passes.takes(q) and is_small:
+            _check_index(index, len(states))
             return lightning_step_rows(q, k, v, slopes, states, index)
         out, new = _step(q, k, v, slopes, states.index_select(0, index))
         states.index_copy_(0, index, new)
@@ -217,7 +218,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> None:
         )
 
 
-def _check_slots(index: Tensor, slots: int) -> None:
+def _check_index(index: Tensor, slots: int) -> None:
     """C would write wherever it is told to."""
     if index.dtype != torch.int64:
         raise ValueError(f"index {index.dtype}, expected torch.int64")
