@@ -45,7 +45,7 @@ class HybridConfig(MiniMaxConfig):
     lightning_norm_eps: float = 1e-6
     """Epsilon of the norm over all heads inside a lightning layer (vLLM 0.23 computes 1e-5)."""
     lm_head_fp32: bool = False
-    """Whether the LM head multiplies in fp32 whatever the dtype of the weights."""
+    """Whether the LM head multiplies in fp32 whatever the dtype of the weights, and autocast."""
     router_aux_scaling: str = "switch"
     """`switch`: E * sum f_i P_i, 2.0 at balance for top-2; `paper`: (1/E) * sum f_i m_i."""
     router_z_loss_coef: float = 0.0

@@ -37,8 +37,9 @@ def token_logprobs(
     """Natural log-probability of each target and the entropy of each distribution.
 
     Args:
-        hidden: [T, C]; weight: [V, C], the LM head, in whose dtype they are multiplied; on CUDA
-            sums of 16-bit products stay fp32, on a CPU logits are rounded to the dtype.
+        hidden: [T, C]; weight: [V, C], the LM head, in whose dtype they are multiplied, or in
+            autocast's if it is fp32; on CUDA sums of 16-bit products stay fp32, on a CPU logits are
+            rounded to the dtype.
         targets: [T] int64, 0 <= target < V; on CUDA another one gives NaN.
         temperature: > 0, divides the logits.
         head_fp32: multiply in fp32 whatever the dtypes.
@@ -55,6 +56,7 @@ def token_logprobs(
         0.25
     """
     _check(hidden, weight, targets, temperature)
+    weight = _multiplied(weight, head_fp32)
     if not head_fp32 and _runs_fused(weight):
         # not at the top: torch for CPU comes without triton
         from model.kernels.logprob import launch
@@ -98,9 +100,18 @@ def _runs_fused(weight: Tensor) -> bool:
     return weight.is_cuda and weight.dtype in SHORT and _has_bulk_copies(weight.device)
 
 
+def _multiplied(weight: Tensor, head_fp32: bool) -> Tensor:
+    """The head in the type of its products."""
+    device = weight.device.type
+    if head_fp32 or weight.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return weight
+    return weight.to(torch.get_autocast_dtype(device))
+
+
 def head_logits(hidden: Tensor, weight: Tensor, *, head_fp32: bool = False) -> Tensor:
-    """[.., C] x [V, C] -> [.., V] fp32 (fp64 stays)."""
+    """[.., C] x [V, C] -> [.., V] fp32 (fp64 stays); types of products as above."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
+    weight = _multiplied(weight, head_fp32)
     with torch.autocast(hidden.device.type, enabled=False):
         if head_fp32:
             return linear(hidden.to(wide), weight.to(wide))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from align.course import Step
@@ -172,8 +173,10 @@ def test_a_scoring_service_judges_as_its_artifact_would_here(tmp_path: Path):
 def test_bf16_steps_compare_with_an_engine_in_bf16(tmp_path: Path):
     settings = config(precision="bf16", updates_per_rollout=2, max_steps=2)
     model, job = small.model(), small.job(tmp_path)
-    train(course(settings, job, model), model, config=settings, job=job)
+    made = course(settings, job, model)
+    train(made, model, config=settings, job=job)
+    assert made.source.native.autocast == torch.bfloat16
     told = lines(tmp_path)
-    assert 1e-5 < told[0]["engine/gap"] < 5e-2
+    assert told[0]["engine/gap"] < 5e-2
     assert told[0]["ratio/max"] == 1
     assert told[0]["ratio/mean"] == 1

@@ -80,8 +80,8 @@ def test_entropy_is_left_out_unasked_and_in_fp32_under_autocast():
     hidden, weight, targets = torch.randn(9, 16), torch.randn(33, 16), torch.arange(9)
     exact = run("reference", hidden.double(), weight.double(), targets, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        _, entropy = token_logprobs(hidden, weight, targets)
-        logprobs, none = token_logprobs(hidden, weight, targets, with_entropy=False)
+        _, entropy = token_logprobs(hidden, weight, targets, head_fp32=True)
+        logprobs, none = token_logprobs(hidden, weight, targets, head_fp32=True, with_entropy=False)
     assert none is None
     assert_close("entropy", entropy, exact["entropy"], 1e-6)
     assert_close("logprobs", logprobs, exact["logprobs"], 1e-6)
@@ -102,3 +102,20 @@ def test_target_that_is_no_word_is_refused(target: int):
         token_logprobs(
             torch.ones(1, 2), torch.ones(5, 2), torch.tensor([target]), with_entropy=False
         )
+
+
+@pytest.mark.parametrize("head_fp32", [False, True])
+def test_autocast_decides_how_an_fp32_head_multiplies_unless_it_is_to_be_fp32(head_fp32: bool):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 16), torch.randn(33, 16, requires_grad=True)
+    targets = torch.randint(0, 33, (40,))
+    short = weight.detach() if head_fp32 else weight.detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, _ = token_logprobs(hidden, weight, targets, head_fp32=head_fp32)
+        logits = head_logits(hidden, weight, head_fp32=head_fp32)
+    assert logits.dtype == logprobs.dtype == torch.float32
+    assert torch.equal(logits, head_logits(hidden, short, head_fp32=head_fp32))
+    assert torch.equal(logprobs, token_logprobs(hidden, short, targets, head_fp32=head_fp32)[0])
+    logprobs.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
