@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,13 @@ def pairs(count: int, seed: int = 0) -> list[Pair]:
         Pair(*(example(rng, f"pairs.jsonl:{i + 1}", rng.randrange(4, 12)) for _ in range(2)))
         for i in range(count)
     ]
+
+
+def write_lines(file: Path, lines: Sequence[str]) -> None:
+    """A file that is whole at any time: each process of a test writes it, and others read it."""
+    fresh = file.with_suffix(f".{os.getpid()}")
+    fresh.write_text("\n".join(lines))
+    fresh.replace(file)
 
 
 def start(folder: Path, **changes: Any) -> Path:

@@ -40,7 +40,7 @@ def preferences(folder: Path) -> DataConfig:
         )
         for i in range(8)
     ]
-    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    small.write_lines(folder / "pairs.jsonl", lines)
     return DataConfig(path="pairs.jsonl", split="all")
 
 

@@ -21,7 +21,7 @@ FAST = OptimConfig(lr=1e-2, schedule="constant")
 
 def texts(folder: Path) -> DataConfig:
     lines = [json.dumps({"text": f"the cat sat on mat {i}"}) for i in range(12)]
-    (folder / "texts.jsonl").write_text("\n".join(lines))
+    small.write_lines(folder / "texts.jsonl", lines)
     return DataConfig(path="texts.jsonl", split="all", licence="CC0")
 
 
@@ -37,7 +37,7 @@ def chats(folder: Path) -> DataConfig:
         )
         for i in range(12)
     ]
-    (folder / "chats.jsonl").write_text("\n".join(lines))
+    small.write_lines(folder / "chats.jsonl", lines)
     return DataConfig(path="chats.jsonl", split="all")
 
 
