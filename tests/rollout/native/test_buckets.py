@@ -13,6 +13,7 @@ from model import Packed
 from rollout.native.engine import NativeEngine
 from rollout.native.padded import BUCKETS, MAX_PAIRS, bucket_of
 from rollout.types import Completion, Request, Sampling
+from tests.helpers import slow
 from tests.rollout.native.setting import VOCABULARY, make_model, requests_of, run
 
 MODEL = make_model(spread=0.25)
@@ -66,7 +67,7 @@ def test_a_piece_goes_on_from_what_its_slot_holds(length: int, chunk: int):
     assert prefixed.stats.num_prefix_tokens == (length - 1) // chunk * chunk
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3])
+@pytest.mark.parametrize("seed", [0, *slow(1, 3)])
 @pytest.mark.parametrize("own_bits", [True, False])
 def test_mixed_with_decode_pauses_and_prefixes(seed: int, own_bits: bool):
     chance = random.Random(seed)
