@@ -176,7 +176,9 @@ class LessonCourse(RewardCourse):
         return list(shared[0])
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.lessons.state_dict(), "ledger": self.ledger.margins()}
+        # one process's state is kept, for all of them to load
+        margins = _gathered(self.ledger.margins(), self.accelerator)
+        return {**self.lessons.state_dict(), "ledger": margins}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.lessons.load_state_dict(state)

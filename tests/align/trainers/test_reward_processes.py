@@ -35,7 +35,8 @@ lora = LoraConfig(rank=2) if kind.endswith("lora") else None
 # Adam's first steps are signs of gradients, which would turn last bits near 0 into whole steps; a
 # large eps makes them linear. Steps of 7 pairs: the second process has fewer microbatches.
 optim = {"lr": 3e-2, "schedule": "constant", "eps": 1e-2}
-run(config(hierarchy={**TREE, "gate": "learned"}, batch_items=7, optim=optim, lora=lora), job)
+tree = {**TREE, "gate": "learned"}
+run(config(hierarchy=tree, batch_items=7, optim=optim, lora=lora, save_every_steps=2), job)
 job.accelerator.end_training()
 """
 
@@ -57,6 +58,22 @@ def test_two_processes_make_the_reward_model_that_one_makes(tmp_path, kinds: tup
         for name, weight in one.state_dict().items():
             assert_close(name, two.state_dict()[name], weight, 1e-4)
         assert report(folder) == report(tmp_path / "0" / "artifact")
+
+
+@pytest.mark.multi
+def test_what_went_on_from_a_checkpoint_records_every_processs_pairs(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 40)
+    small.start(tmp_path / "start")
+    (tmp_path / "run").mkdir()
+    record = tmp_path / "run" / "artifact" / "curriculum.jsonl"
+    seen = []
+    # the second time from the checkpoint of the last step
+    for _ in range(2):
+        told = launch(SCRIPT, [str(tmp_path / "run"), "whole"], 2)
+        assert not any("Traceback" in text for text in told), told
+        seen.append(record.read_bytes())
+        record.unlink()
+    assert seen[0] == seen[1]
 
 
 def report(folder: Path) -> Any:
