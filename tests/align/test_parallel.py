@@ -104,7 +104,12 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def check(sizes: list[tuple[str, ParallelConfig, Any]], ranks: int, base: Path) -> None:
+def check(
+    sizes: list[tuple[str, ParallelConfig, Any]],
+    ranks: int,
+    base: Path,
+    precision: Precision = "fp32",
+) -> None:
     small.start(base / "start", router_aux_loss_coef=0.1)
     small.start(base / "plain")
     write_pairs(base / "rewards.jsonl", 20)
@@ -114,8 +119,9 @@ def check(sizes: list[tuple[str, ParallelConfig, Any]], ranks: int, base: Path) 
             folder.mkdir()
         # what processes sample they also pack, and a balance loss depends on who shares a row
         start = "plain" if kind == "grpo" and parallel.sequence < ranks else "start"
-        runs.append(Run(kind, base / f"{number}-shared", parallel, lora, start))
-        alone.append(Run(kind, base / f"{number}-alone", ParallelConfig(), lora, start))
+        more = lora, start, precision
+        runs.append(Run(kind, base / f"{number}-shared", parallel, *more))
+        alone.append(Run(kind, base / f"{number}-alone", ParallelConfig(), *more))
     world(ranks, climb_all, runs, base)
     climb_all(alone)
     for run, one in zip(runs, alone, strict=True):
@@ -128,6 +134,7 @@ def check(sizes: list[tuple[str, ParallelConfig, Any]], ranks: int, base: Path) 
         found = weights(run.folder, run.kind)
         for key, weight in reference.items():
             assert_close(f"{name}: {key}", found[key], weight)
+            assert precision != "fp64" or torch.equal(found[key], weight), (name, key)
         told, wanted = lines(run.folder), lines(one.folder)
         assert len(told) == len(wanted) > 1
         for first, second in zip(wanted, told, strict=True):
@@ -146,6 +153,13 @@ def test_two_processes_share_rows_and_experts(tmp_path: Path):
     check([("sft", ROWS, None), ("dpo", ROWS, None), ("lm", EXPERTS, None)], 2, tmp_path)
     names = load_file(tmp_path / "2-shared" / "artifact" / "model.safetensors").keys()
     assert names == load_file(tmp_path / "2-alone" / "artifact" / "model.safetensors").keys()
+
+
+@pytest.mark.multi
+def test_in_fp64_processes_that_share_leave_the_bits_of_one(tmp_path: Path):
+    both = ParallelConfig(sequence=2, expert=2)
+    sizes = [("lm", EXPERTS, None), ("sft", both, None), ("dpo", ROWS, LoraConfig(rank=2))]
+    check([*sizes, ("reward", both, None), ("grpo", both, None)], 2, tmp_path, "fp64")
 
 
 @pytest.mark.multi
