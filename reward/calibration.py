@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from reward.hierarchy import sigmoid
@@ -103,10 +104,10 @@ def _temperature(leads: Sequence[float]) -> float:
     # A pair of typical size either way, so that no model is held to be infallible, nor all luck.
     size = sum(abs(lead) for lead in leads) / len(leads)
     # With as many right as wrong among equals the root is at 0: then T is the hottest.
-    known = [*leads, size, -size]
+    known = torch.tensor([*leads, size, -size], dtype=torch.float64)
 
     def slope(inverse: float) -> float:
-        return sum(lead * sigmoid(-lead * inverse) for lead in known)
+        return float(known @ torch.sigmoid(-known * inverse))
 
     low, high = 1 / HOTTEST, 1 / COLDEST
     if slope(low) <= 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import ssl
 from typing import TypeVar
 
 import httpx
@@ -12,6 +14,12 @@ LONGEST_WAIT_S = 5.0
 CONNECT_S = 5.0
 
 Form = TypeVar("Form", bound=BaseModel)
+
+
+@functools.cache
+def trusted() -> ssl.SSLContext:
+    """The authorities that every client of this process trusts; reading them takes 50 ms."""
+    return httpx.create_ssl_context()
 
 
 def connect(url: str, *, api_key: str, transport: httpx.BaseTransport | None) -> httpx.Client:
@@ -25,6 +33,7 @@ def connect(url: str, *, api_key: str, transport: httpx.BaseTransport | None) ->
         base_url=url,
         headers={"authorization": f"Bearer {api_key}"} if api_key else {},
         limits=httpx.Limits(max_connections=None),
+        verify=trusted(),
         transport=transport,
     )
 

@@ -14,6 +14,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 def error(actual: Tensor, reference: Tensor) -> float:
     """RMS of the difference over RMS of the reference; inf if anything is not finite."""
+    actual, reference = actual.detach(), reference.detach()
     difference = (actual.double() - reference.double()).square().mean().sqrt()
     ratio = difference / reference.double().square().mean().sqrt().clamp_min(1e-30)
     return float(ratio) if torch.isfinite(ratio) else float("inf")

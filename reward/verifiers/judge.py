@@ -22,6 +22,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field
 
 from reward.types import Item, Verdict
+from serving.client import trusted
 
 CRITERION = "which answer serves the one who asked better: correct, helpful, harmless, to the point"
 QUESTION = """Compare two answers to the last message of a conversation.
@@ -93,7 +94,10 @@ class JudgeModel:
         self.config = config
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(
-            headers=headers, timeout=httpx.Timeout(config.timeout_s), transport=transport
+            headers=headers,
+            timeout=httpx.Timeout(config.timeout_s),
+            transport=transport,
+            verify=trusted(),
         )
         self._pool = ThreadPoolExecutor(config.max_parallel, "judge")
         self._lock = threading.Lock()

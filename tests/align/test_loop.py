@@ -24,7 +24,7 @@ from align.losses.lm import lm_loss
 from align.losses.types import Loss
 from align.optim import OptimConfig
 from tests.align import small
-from tests.helpers import assert_close
+from tests.helpers import assert_close, slow
 
 SGD_LIKE = OptimConfig(lr=1e-3, schedule="constant", clip_norm=0)
 
@@ -128,8 +128,9 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("adapters", [False, True])
-@pytest.mark.parametrize("log_every", [1, 3])
+@pytest.mark.parametrize(
+    ("adapters", "log_every"), [(True, 1), (False, 3), *slow((False, 1), (True, 3))]
+)
 def test_resumed_run_is_bit_identical(tmp_path: Path, adapters: bool, log_every: int) -> None:
     config = TrainConfig(
         optim=OptimConfig(lr=1e-2, weight_decay=0.1, warmup_steps=2),

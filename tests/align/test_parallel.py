@@ -149,6 +149,7 @@ def check(
 ROWS, EXPERTS = ParallelConfig(sequence=2), ParallelConfig(expert=2)
 
 
+@pytest.mark.multi
 def test_two_processes_share_rows_and_experts(tmp_path: Path):
     check([("sft", ROWS, None), ("dpo", ROWS, None), ("lm", EXPERTS, None)], 2, tmp_path)
     names = load_file(tmp_path / "2-shared" / "artifact" / "model.safetensors").keys()

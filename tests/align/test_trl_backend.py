@@ -32,6 +32,7 @@ from tests.align import small
 from tests.align.processes import launch
 from tests.align.trainers.test_dpo import preferences
 from tests.align.trainers.test_lm import chats
+from tests.helpers import slow
 
 GENTLE = OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=1, weight_decay=0.1)
 
@@ -116,10 +117,9 @@ def losses(job: Job) -> list[float]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"epochs": 2},
         {"batch_items": 0, "batch_sequences": 2, "micro_sequences": 2},
-        {"lora": LoraConfig(rank=2)},
-        {"checkpointing": "selective", "max_steps": 2},
+        {"lora": LoraConfig(rank=2), "epochs": 2},
+        *slow({"epochs": 2}, {"checkpointing": "selective", "max_steps": 2}),
     ],
 )
 def test_sft_takes_the_native_steps(changes: dict[str, Any], tmp_path: Path, start: Path) -> None:
@@ -144,7 +144,7 @@ def test_bf16_is_entered_although_the_process_is_fp32(tmp_path: Path, start: Pat
     assert abs(losses(theirs)[0] - losses(full)[0]) > 1e-6
 
 
-@pytest.mark.parametrize("changes", [{"epochs": 2}, {"lora": LoraConfig(rank=2)}])
+@pytest.mark.parametrize("changes", [{"epochs": 2}, *slow({"lora": LoraConfig(rank=2)})])
 def test_dpo_takes_the_native_steps(changes: dict[str, Any], tmp_path: Path, start: Path) -> None:
     # Steps of 3, 3 and 2 pairs in microbatches of one packed sequence each: unequal parts.
     config = dpo_config(tmp_path, **changes)
@@ -157,10 +157,12 @@ def test_dpo_takes_the_native_steps(changes: dict[str, Any], tmp_path: Path, sta
 @pytest.mark.parametrize(
     "loss",
     [
-        PolicyLossConfig(objective="grpo"),
-        PolicyLossConfig(objective="dr_grpo", max_response_tokens=9, ratio_cap=2.0),
         PolicyLossConfig(objective="dapo", epsilon_high=0.28),
         PolicyLossConfig(objective="cispo", is_max=5.0),
+        *slow(
+            PolicyLossConfig(objective="grpo"),
+            PolicyLossConfig(objective="dr_grpo", max_response_tokens=9, ratio_cap=2.0),
+        ),
     ],
 )
 def test_grpo_samples_and_learns_as_the_native_backend(

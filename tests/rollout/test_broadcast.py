@@ -23,6 +23,7 @@ from rollout.remote import BrokenPushError
 from rollout.sync import checksums, outline, weights
 from tests.align import small
 from tests.align.trainers.test_grpo_workers import worker_process
+from tests.helpers import slow
 from tests.rollout.live import Live, make_worker, served
 from tests.rollout.test_client import assert_same, native, requests
 
@@ -47,7 +48,7 @@ def test_an_outline_is_the_stream_without_its_numbers(adapted: bool, dtype: torc
     assert outline(policy, dtype=dtype) == stream
 
 
-@pytest.mark.parametrize("bucket_bytes", [1, 10_001, 1 << 30])
+@pytest.mark.parametrize("bucket_bytes", [10_001, *slow(1, 1 << 30)])
 def test_a_broadcast_is_taken_by_all_and_proven(monkeypatch: pytest.MonkeyPatch, bucket_bytes: int):
     monkeypatch.setattr(meeting, "BUCKET_BYTES", bucket_bytes)
     with (

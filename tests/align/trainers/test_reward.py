@@ -37,7 +37,7 @@ from reward.model import RewardModel
 from reward.scorer import load_scorer
 from reward.types import Item
 from tests.align import small
-from tests.helpers import assert_close
+from tests.helpers import assert_close, slow
 
 TREE = {
     "dimensions": {
@@ -201,7 +201,7 @@ def test_refreshes_without_batch_items_are_refused():
         config(curriculum=curriculum, batch_items=0)
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+@pytest.mark.parametrize("lora", [None, *slow({"rank": 4})])
 def test_a_run_raises_held_out_accuracy_and_leaves_a_judge(tmp_path, lora):
     write_pairs(tmp_path / "pairs.jsonl", 120)
     start = small.start(tmp_path / "start")

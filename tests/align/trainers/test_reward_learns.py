@@ -29,7 +29,8 @@ from align.trainers.reward import RewardConfig, run
 from reward.model import RewardModel
 from tests.align import small
 
-pytestmark = pytest.mark.slow
+# one worker climbs the ladder that these tests judge
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ladder")]
 ROOT = Path(__file__).resolve().parents[3]
 BEYOND = 3.0
 GOAL = 0.95

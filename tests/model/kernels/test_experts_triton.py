@@ -109,7 +109,7 @@ def _defined(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: 
     return experts_reference(x, gate_up, down, chosen * kept, weights * kept)
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 64, 65])
+@pytest.mark.parametrize("tokens", [1, 65, *slow(63, 64)])
 def test_any_number_of_tokens(launch: ModuleType, tokens: int):
     check(launch, Case(tokens, 5, 2, torch.float32))
 

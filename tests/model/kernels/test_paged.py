@@ -71,8 +71,14 @@ def test_a_sequence_has_the_bits_it_has_alone():
 # few programs leave few shares of a sequence, most of which would be empty here; interpreted, each
 # takes its time
 @pytest.mark.parametrize("programs", [48, *slow(1024)])
-@pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("window", "dtype"),
+    [
+        (None, torch.float32),
+        (40, torch.float16),
+        *slow((None, torch.float16), (40, torch.float32)),
+    ],
+)
 @pytest.mark.parametrize(
     ("lengths", "heads", "kv_heads", "size", "page"),
     [

@@ -202,7 +202,7 @@ FAKES = {
 
 
 def test_nothing_fakes_a_pass(sandbox):
-    quick = Sandbox(SandboxConfig(limits=Limits(wall_s=6.0, cpu_s=4), max_parallel=2))
+    quick = Sandbox(SandboxConfig(limits=Limits(wall_s=3.0, cpu_s=3), max_parallel=2))
     verdicts = verify_all([item(text) for text in FAKES.values()], quick)
     named = dict(zip(FAKES, verdicts, strict=True))
     assert {name: each for name, each in named.items() if each.value > 0} == {}
