@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test test-multi test-all test-vllm lint bench
+.PHONY: setup demo test test-multi test-model test-all test-vllm lint bench
 
 setup: $(STAMP)
 
@@ -30,6 +30,10 @@ test: setup
 # tests that start processes of their own, so one after the other
 test-multi: setup
 	$(PYTEST) -m "multi and not slow and not gpu"
+
+# the model's slow ones: its whole grid against transformers, kernels interpreted and compiled ahead
+test-model: setup
+	$(PYTEST) -n 2 -m "slow and not multi and not gpu" tests/model
 
 test-all: setup
 	$(PYTEST) -n 2 --dist loadgroup -m "not multi and not gpu"

@@ -36,9 +36,6 @@ from tests.align.trainers.test_reward import TREE, write_pairs
 from tests.helpers import assert_close
 from tests.model.parallel.world import world
 
-# one worker starts the server that these tests fork from
-pytestmark = pytest.mark.xdist_group("world")
-
 # Adam's first steps are signs of gradients, which would turn last bits near 0 into whole steps; a
 # large eps makes them linear
 OPTIM = OptimConfig(lr=1e-2, schedule="constant", eps=1e-2, clip_norm=0.5)

@@ -34,9 +34,6 @@ from tests.helpers import assert_close
 from tests.model.parallel.world import world
 from tests.model.setting import random_sequences, small_config
 
-# one worker starts the server that these tests fork from
-pytestmark = pytest.mark.xdist_group("world")
-
 TYPES = ["linear_attention", "full_attention", "linear_attention"]
 SHAPE = {"num_hidden_layers": 3, "layer_types": TYPES, "head_dim": 8, "router_aux_loss_coef": 0.3}
 
@@ -283,7 +280,3 @@ def test_two_ranks_give_every_loss_of_one(cases: tuple[Case, ...]):
 @example(cases=(Case(ParallelConfig(sequence=4, expert=2), (ONES,)),))
 def test_four_ranks_give_every_loss_of_one(cases: tuple[Case, ...]):
     check(cases, 4)
-
-
-def test_two_ranks_give_every_loss_of_one_in_a_small_case():
-    check([Case(ParallelConfig(sequence=2, expert=2), ((5, 1, 9, 3),))], 2)

@@ -17,9 +17,6 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from align.stretches import in_boxes, part_of
 from tests.model.parallel.world import world
 
-# one worker starts the server that these tests fork from
-pytestmark = pytest.mark.xdist_group("world")
-
 WHOLE = torch.arange(2 * 8 * 12, dtype=torch.float32).view(2, 8, 12)
 
 
@@ -49,6 +46,7 @@ def write(layout: Layout) -> None:
     assert torch.equal(read["weights"]["b"], torch.ones(2))
 
 
+@pytest.mark.multi
 @pytest.mark.parametrize(
     ("mesh", "placements"),
     [

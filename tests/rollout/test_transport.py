@@ -23,9 +23,6 @@ from rollout.transport import (
 from tests.model.parallel.world import world
 from tests.rollout.test_sync import make_model
 
-# one worker starts the server that these tests fork from
-pytestmark = pytest.mark.xdist_group("world")
-
 
 @pytest.mark.parametrize("shard_bytes", [1, 20_000, 1 << 30])
 def test_files_hold_every_bit_whatever_the_size_of_a_shard(tmp_path: Path, shard_bytes: int):

@@ -346,7 +346,7 @@ def test_the_artifact_holds_its_calibration_unless_told_not_to(tmp_path):
     start = small.start(tmp_path / "start")
     for method in ("temperature", "isotonic", "none"):
         job = small.job(tmp_path / method, start, base=tmp_path)
-        run(config(calibration=method, max_steps=8), job)
+        run(config(calibration=method, max_steps=2), job)
         fitted = read_calibration(job.artifact)
         assert (fitted.overall.method if fitted else "none") == method
         assert (job.artifact / QUESTIONS_FILE).exists() == (method != "none")

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import slow
-
 ROOT = Path(__file__).parents[3]
 HOPPER_ONLY = {"lightning_run_hopper", "lightning_bwd_keys_values"}
 
 
-# the kernels for 90 are those for 80 and more
-@pytest.mark.parametrize("target", [90, *slow(80)])
+# a minute each where nothing was compiled before
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [80, 90])
 def test_kernels_compile_ahead_of_time(target: int):
     pytest.importorskip("triton")
     # a process of its own: the interpreter, once chosen, stays for the process

@@ -19,9 +19,6 @@ from tests.helpers import assert_close
 from tests.model.parallel.world import world
 from tests.model.setting import VOCABULARY, random_sequences, small_config
 
-# one worker starts the server that these tests fork from
-pytestmark = pytest.mark.xdist_group("world")
-
 TYPES = ["linear_attention", "full_attention", "linear_attention", "sliding_attention"]
 ROWS = ([9, 1, 22], [40], [1, 1, 1, 2], [13, 12, 7, 1, 1, 30])
 
@@ -40,12 +37,10 @@ class Case(NamedTuple):
 TIGHT = {"expert_capacity_factor": 0.7}
 SHARED_KEYS = {"num_key_value_heads": 1}
 ODD_HEADS = {"num_attention_heads": 3, "num_key_value_heads": 3}
-FEW = (
+TWO = (
     Case(ParallelConfig(sequence=2), SHARED_KEYS | TIGHT, "full"),
     Case(ParallelConfig(expert=2, router="global"), TIGHT),
     Case(ParallelConfig(sequence=2, expert=2), ODD_HEADS),
-)
-TWO = (
     Case(ParallelConfig(sequence=2), TIGHT | {"router_aux_scaling": "paper"}),
     Case(ParallelConfig(sequence=2), ODD_HEADS, "selective"),
     Case(ParallelConfig(expert=2), TIGHT, "selective"),
@@ -136,10 +131,6 @@ def check(cases: tuple[Case, ...], ranks: int, folder: Path) -> None:
                 assert_close(f"{name}: loss", shared, one.detach())
                 for key, parameter in model.named_parameters():
                     assert_close(f"{name}: {key}", grads[key], parameter.grad)
-
-
-def test_two_ranks_are_one_process(tmp_path: Path):
-    check(FEW, 2, tmp_path)
 
 
 @pytest.mark.multi

@@ -25,9 +25,6 @@ from tests.helpers import assert_close
 from tests.model.parallel.lasp_serial import serial_lasp
 from tests.model.parallel.world import world
 
-# one worker starts the server that these tests fork from
-pytestmark = pytest.mark.xdist_group("world")
-
 # a length-1 document on every place of a border, one over all parts, unlike parts
 ROWS = (
     *([16], [1, 15], [7, 1, 8], [1] * 8, [3, 30, 2], [4, 4, 4, 4], [2, 1, 1]),
@@ -114,13 +111,10 @@ def check(rows: list[list[int]], ranks: int, folder: Path) -> None:
                     assert_close(f"{row}: state", state, lightning[4][ends.index(place)])
 
 
-def test_two_ranks_are_one(tmp_path: Path):
-    check([list(row) for row in ROWS], 2, tmp_path)
-
-
 @pytest.mark.multi
-def test_four_ranks_are_one(tmp_path: Path):
-    check([list(row) for row in ROWS], 4, tmp_path)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_are_one(ranks: int, tmp_path: Path):
+    check([list(row) for row in ROWS], ranks, tmp_path)
 
 
 @pytest.mark.multi
