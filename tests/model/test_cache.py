@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model import DecodeCache, HybridForCausalLM, Packed
-from tests.helpers import assert_close
+from tests.helpers import assert_close, slow
 from tests.model.setting import (
     exact,
     random_sequences,
@@ -71,7 +71,7 @@ def test_any_chunked_prefill_of_several_slots_equals_whole_prefill(lengths: list
             assert_close("logits", torch.cat(rows[slot]), alone, exact(model))
 
 
-@pytest.mark.parametrize("at", [1, 15, 16, 17, 40])
+@pytest.mark.parametrize("at", [15, 16, 17, *slow(1, 40)])
 def test_forked_slots_go_their_own_ways(model: HybridForCausalLM, at: int):
     prompt, first, second, third = random_sequences([at, 20, 25, 3])
     cache = cache_for(model)

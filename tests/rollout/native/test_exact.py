@@ -60,7 +60,7 @@ def test_pausing_happens_and_prefixes_are_hit_in_the_engines_below():
     assert roomy.stats.num_pauses == 0
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     seed=st.integers(0, 999),
     slots=st.integers(2, 20),
@@ -100,7 +100,7 @@ def check_bits(
     assert bits(found) == bits(alone)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     seed=st.integers(0, 999),
     slots=st.integers(2, 20),
