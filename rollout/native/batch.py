@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from model import DecodeCache, HybridForCausalLM, Packed
+from model.kernels.draw.op import MASK_63
 from model.kernels.experts.router import route
 from model.packed import sent
-from rollout.native.sampler import MASK_63, Knobs, draw
+from rollout.native.sampler import Knobs, draw
 from rollout.native.sequence import Sample
 from rollout.types import Sampling
 

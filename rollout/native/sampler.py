@@ -20,12 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.kernels.draw.op import MASK_63, draw_tokens, pick, uniform
 from rollout.types import Sampling
-
-MASK_63 = (1 << 63) - 1
-# SplitMix64's increment and multipliers (Steele, Lea, Flood 2014), as signed 64-bit integers.
-INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
-MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 
 
 @dataclass(frozen=True)
@@ -112,31 +108,6 @@ class Drawn:
     kept_mass: Tensor
 
 
-def mix(value: Tensor) -> Tensor:
-    """SplitMix64's finaliser of int64 values: a bijection whose every output bit depends on all."""
-    for shift, multiplier in MULTIPLIERS:
-        # torch shifts int64 arithmetically; the mask makes the shift logical
-        value = (value ^ ((value >> shift) & (MASK_63 >> (shift - 1)))) * multiplier
-    return value ^ ((value >> 31) & (MASK_63 >> 30))
-
-
-def uniform(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
-    """[N] fp64 in [0, 1), 53 random bits: a pure function of three int64 counters.
-
-    Source: SplitMix64 applied in turn to each counter, which is how it seeds independent streams.
-
-    Example:
-        >>> one, two = torch.tensor([1]), torch.tensor([2])
-        >>> bool(uniform(one, two, one) == uniform(one, one, two))
-        False
-    """
-    state = mix(seed + INCREMENT)
-    state = mix((state ^ sample) + INCREMENT)
-    state = mix((state ^ position) + INCREMENT)
-    bits = (state >> 11) & ((1 << 53) - 1)
-    return bits.double() * 2.0**-53
-
-
 def kept(probabilities: Tensor, knobs: Knobs) -> Tensor:
     """[N, V] bool: what top-k, then top-p of what is left, then min-p keep; never empty.
 
@@ -167,31 +138,23 @@ def draw(logits: Tensor, knobs: Knobs, positions: Tensor) -> Drawn:
     A row of nan, or of -inf only, gives a logprob of nan (`refuse_broken`): nothing here waits for
     the device.
     """
+    counters = knobs.seed, knobs.sample, positions
+    if not knobs.filtered:
+        tokens, logprobs, drawn = draw_tokens(
+            logits, knobs.temperature, *counters, greedy=knobs.greedy, tempered=knobs.tempered
+        )
+        return Drawn(tokens, logprobs, drawn, torch.ones_like(logprobs))
     untouched = tempered = logits.log_softmax(-1)
     if knobs.tempered:
         temperature = torch.where(knobs.temperature > 0, knobs.temperature, 1.0)
         tempered = (logits / temperature[:, None]).log_softmax(-1)
     probabilities = tempered.exp()
-    if knobs.filtered:
-        probabilities = probabilities * kept(probabilities, knobs)
-    # fp64: in fp32 a cumulative sum over a large vocabulary would lose its rare tokens
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    mass = cumulative[:, -1]
-    # the clamp keeps u * mass, when rounded up, below the last kept token's border
-    point = (uniform(knobs.seed, knobs.sample, positions) * mass).minimum(mass.nextafter(0 * mass))
-    tokens = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
-    # nan alone is beyond the end
-    tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    chosen = tokens[:, None]
-    kept_mass = logits.new_ones(len(logits))
-    filtered = tempered.gather(-1, chosen)[:, 0]
-    if knobs.filtered:
-        # a row that keeps all has mass 1, not the rounded sum that a neighbour's filter asks for
-        keeps_all = (knobs.top_p >= 1) & (knobs.top_k == 0) & (knobs.min_p == 0)
-        kept_mass = torch.where(keeps_all, kept_mass, mass.to(logits.dtype))
-        filtered = torch.where(
-            keeps_all, filtered, (filtered.double() - mass.log()).to(logits.dtype)
-        )
+    tokens, mass = pick(probabilities * kept(probabilities, knobs), uniform(*counters))
+    filtered = tempered.gather(-1, tokens[:, None])[:, 0]
+    # a row that keeps all has mass 1, not the rounded sum that a neighbour's filter asks for
+    keeps_all = (knobs.top_p >= 1) & (knobs.top_k == 0) & (knobs.min_p == 0)
+    kept_mass = torch.where(keeps_all, 1.0, mass.to(logits.dtype))
+    filtered = torch.where(keeps_all, filtered, (filtered.double() - mass.log()).to(logits.dtype))
     if knobs.greedy:
         is_greedy = knobs.temperature == 0
         tokens = torch.where(is_greedy, logits.argmax(-1), tokens)

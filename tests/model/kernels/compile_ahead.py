@@ -21,6 +21,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from model.kernels.draw import kernel as draw_kernel
+from model.kernels.draw import launch as draw_launch
 from model.kernels.experts import kernel as experts_kernel
 from model.kernels.experts import launch as experts_launch
 from model.kernels.experts_few import kernel as few_kernel
@@ -74,6 +76,7 @@ POINTERS = {
         i64="chosen",
     ),
     "paged": pointers(fp32="out lse shares", i32="table", i64="index lengths"),
+    "draw": pointers(fp32="temperature logprobs drawn", i64="seed sample position tokens"),
     "logprob": pointers(
         fp32="max sum slack picked logprobs entropy normaliser grad", i64="targets"
     ),
@@ -244,7 +247,15 @@ def paged(arch: int) -> Iterator[tuple]:
     yield paged_kernel.paged_merge, {"D": 128, "BD": 128, "SHARES": 8}, 1, 3, "bf16"
 
 
+def draw(arch: int) -> Iterator[tuple]:
+    block, count = draw_launch.BLOCK_TOKENS, 64
+    for flag in (False, True):
+        shape = {"BV": block, "BN": count, "TEMPERED": flag, "GREEDY": flag, **draw_launch.HASH}
+        yield draw_kernel.draw_rows, shape, draw_launch.WARPS, 3, "fp32"
+
+
 OPS = {
+    "draw": draw,
     "paged": paged,
     "lightning": lightning,
     "block": block,

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from rollout.native.sampler import Drawn, Knobs, draw, kept, refuse_broken, uniform
+from model.kernels.draw.op import uniform
+from rollout.native.sampler import Drawn, Knobs, draw, kept, refuse_broken
 from rollout.types import Sampling
 
 NUM_DRAWS = 20_000

@@ -1,0 +1,108 @@
+"""A token of each row of logits by inverse transform sampling: the entry.
+
+    u = hash(seed, sample, position) in [0, 1)
+    token = the first i with cumsum(p)_i > u * cumsum(p)_V
+
+Torch on any device; on CUDA one Triton program a row, which hashes, sums and looks up at once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MASK_63 = (1 << 63) - 1
+# SplitMix64's increment and multipliers (Steele, Lea, Flood 2014), as signed 64-bit integers.
+INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
+MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
+
+Form = Literal["auto", "torch"]
+
+
+def mix(value: Tensor) -> Tensor:
+    """SplitMix64's finaliser of int64 values: a bijection whose every output bit depends on all."""
+    for shift, multiplier in MULTIPLIERS:
+        # torch shifts int64 arithmetically; the mask makes the shift logical
+        value = (value ^ ((value >> shift) & (MASK_63 >> (shift - 1)))) * multiplier
+    return value ^ ((value >> 31) & (MASK_63 >> 30))
+
+
+def uniform(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+    """[N] fp64 in [0, 1), 53 random bits: a pure function of three int64 counters.
+
+    Source: SplitMix64 applied in turn to each counter, which is how it seeds independent streams.
+
+    Example:
+        >>> one, two = torch.tensor([1]), torch.tensor([2])
+        >>> bool(uniform(one, two, one) == uniform(one, one, two))
+        False
+    """
+    state = mix(seed + INCREMENT)
+    state = mix((state ^ sample) + INCREMENT)
+    state = mix((state ^ position) + INCREMENT)
+    bits = (state >> 11) & ((1 << 53) - 1)
+    return bits.double() * 2.0**-53
+
+
+def pick(probabilities: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The token of each row at u of its mass, and the mass: [N, V], [N] fp64 -> [N] int64, fp64."""
+    # fp64: in fp32 a cumulative sum over a large vocabulary would lose its rare tokens
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    mass = cumulative[:, -1]
+    # the clamp keeps u * mass, when rounded up, below the last kept token's border
+    point = (u * mass).minimum(mass.nextafter(0 * mass))
+    tokens = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
+    # nan alone is beyond the end
+    return tokens.clamp(max=probabilities.shape[-1] - 1), mass
+
+
+def draw_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    sample: Tensor,
+    position: Tensor,
+    *,
+    greedy: bool,
+    tempered: bool,
+    form: Form = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row of the whole vocabulary.
+
+    Args:
+        logits: [N, V] fp32 or fp64.
+        temperature: [N] fp32; 0 takes the most likely token.
+        seed, sample, position: [N] int64, what a row's random number is the hash of.
+        greedy: whether any row has temperature 0.
+        tempered: whether any row has a temperature other than 0 and 1.
+        form: `auto` takes Triton on CUDA for fp32.
+
+    Returns: tokens [N] int64; their log-probabilities at temperature 1, and at the row's own, 0
+        where it is 0, [N] in the dtype of the logits. Both are nan where a row has no finite
+        distribution.
+
+    Example:
+        >>> zero = torch.zeros(1, dtype=torch.int64)
+        >>> logits = torch.tensor([[0.0, 9.0]])
+        >>> draw_tokens(logits, torch.zeros(1), *3 * [zero], greedy=True, tempered=False)[0]
+        tensor([1])
+    """
+    if form == "auto" and logits.is_cuda and logits.dtype == torch.float32:
+        # not at the top: torch for CPU comes without triton
+        from model.kernels.draw.launch import draw_triton
+
+        return draw_triton(
+            logits, temperature, seed, sample, position, greedy=greedy, tempered=tempered
+        )
+    untouched = own = logits.log_softmax(-1)
+    if tempered:
+        own = (logits / torch.where(temperature > 0, temperature, 1.0)[:, None]).log_softmax(-1)
+    tokens, _ = pick(own.exp(), uniform(seed, sample, position))
+    drawn = own.gather(-1, tokens[:, None])[:, 0]
+    if greedy:
+        is_greedy = temperature == 0
+        tokens = torch.where(is_greedy, logits.argmax(-1), tokens)
+        drawn = torch.where(is_greedy, 0.0, drawn)
+    return tokens, untouched.gather(-1, tokens[:, None])[:, 0], drawn
