@@ -7,8 +7,9 @@ The random number of a token is a hash of (seed, sample, position), not the next
 
 so a token depends on its own logits only, whatever else is in the batch, in whatever order, and a
 killed run samples the same text again. What remains is arithmetic: a matrix product may round a
-row's logits otherwise in a batch of another size. That moves a border of the cumulative sum by
-about 1e-7, so a token differs only if u falls between the two borders, i.e. if two tokens tie.
+row's logits otherwise in a batch of another size, and on CUDA a kernel sums a row, but torch where
+some row of the batch is filtered. That moves a border of the cumulative sum by about 1e-7, so a
+token differs only if u falls between the two borders, i.e. if two tokens tie.
 """
 
 from __future__ import annotations
