@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model import DecodeCache, HybridForCausalLM, Packed
-from model.kernels.draw.op import MASK_63
+from model.kernels.draw.splitmix import MASK_63
 from model.kernels.experts.router import route
 from model.packed import sent
 from rollout.native.sampler import Knobs, draw

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.kernels.draw.op import MASK_63, draw_tokens, pick, uniform
+from model.kernels.draw.op import draw_tokens, pick
+from model.kernels.draw.splitmix import MASK_63, uniform
 from rollout.types import Sampling
 
 

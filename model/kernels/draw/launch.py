@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from model.kernels.draw import kernel
-from model.kernels.draw.op import INCREMENT, MULTIPLIERS
+from model.kernels.draw.splitmix import INCREMENT, MULTIPLIERS
 
 # without a sign
 HASH = {

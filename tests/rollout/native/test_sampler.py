@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from model.kernels.draw.op import uniform
+from model.kernels.draw.splitmix import uniform
 from rollout.native.sampler import Drawn, Knobs, draw, kept, refuse_broken
 from rollout.types import Sampling
 
