@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.kernels.draw.op import draw_tokens, pick
+from model.kernels.draw.op import at_temperature, draw_tokens, pick
 from model.kernels.draw.splitmix import MASK_63, uniform
 from rollout.types import Sampling
 
@@ -146,10 +146,7 @@ def draw(logits: Tensor, knobs: Knobs, positions: Tensor) -> Drawn:
             logits, knobs.temperature, *counters, greedy=knobs.greedy, tempered=knobs.tempered
         )
         return Drawn(tokens, logprobs, drawn, torch.ones_like(logprobs))
-    untouched = tempered = logits.log_softmax(-1)
-    if knobs.tempered:
-        temperature = torch.where(knobs.temperature > 0, knobs.temperature, 1.0)
-        tempered = (logits / temperature[:, None]).log_softmax(-1)
+    untouched, tempered = at_temperature(logits, knobs.temperature, tempered=knobs.tempered)
     probabilities = tempered.exp()
     tokens, mass = pick(probabilities * kept(probabilities, knobs), uniform(*counters))
     filtered = tempered.gather(-1, tokens[:, None])[:, 0]

@@ -40,8 +40,9 @@ def draw_triton(
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     drawn = torch.empty_like(logprobs)
+    numbers = (x.contiguous() for x in (temperature, seed, sample, position))
     kernel.draw_rows[(rows,)](
-        logits, temperature, seed, sample, position, tokens, logprobs, drawn,
+        logits, *numbers, tokens, logprobs, drawn,
         logits.stride(0), vocabulary,
         BV=block, BN=triton.next_power_of_2(triton.cdiv(vocabulary, block)),
         TEMPERED=tempered, GREEDY=greedy, num_warps=WARPS, **HASH,

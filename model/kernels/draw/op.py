@@ -18,6 +18,15 @@ from model.kernels.draw.splitmix import uniform
 Form = Literal["auto", "torch"]
 
 
+def at_temperature(logits: Tensor, temperature: Tensor, *, tempered: bool) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N, V] at temperature 1 and at each row's own, which is 1 where it is 0."""
+    untouched = logits.log_softmax(-1)
+    if not tempered:
+        return untouched, untouched
+    own = torch.where(temperature > 0, temperature, 1.0)
+    return untouched, (logits / own[:, None]).log_softmax(-1)
+
+
 def pick(probabilities: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """The token of each row at u of its mass, and the mass: [N, V], [N] fp64 -> [N] int64, fp64."""
     # fp64: in fp32 a cumulative sum over a large vocabulary would lose its rare tokens
@@ -68,9 +77,7 @@ def draw_tokens(
         return draw_triton(
             logits, temperature, seed, sample, position, greedy=greedy, tempered=tempered
         )
-    untouched = own = logits.log_softmax(-1)
-    if tempered:
-        own = (logits / torch.where(temperature > 0, temperature, 1.0)[:, None]).log_softmax(-1)
+    untouched, own = at_temperature(logits, temperature, tempered=tempered)
     tokens, _ = pick(own.exp(), uniform(seed, sample, position))
     drawn = own.gather(-1, tokens[:, None])[:, 0]
     if greedy:

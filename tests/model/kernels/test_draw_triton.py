@@ -70,6 +70,19 @@ def test_rows_may_lie_apart(launch: ModuleType):
     check(launch, logits_of(33, 4).T, [1.0] * 4)
 
 
+def test_numbers_of_rows_may_lie_apart(launch: ModuleType):
+    logits = logits_of(4, 33)
+    given = [x.to(DEVICE) for x in (torch.ones(4), *counters(4))]
+    apart = [torch.stack([x, x + 1], dim=1)[:, 0] for x in given]
+    flags = {"greedy": False, "tempered": False}
+    found, exact = (launch.draw_triton(logits, *x, **flags) for x in (apart, given))
+    assert all(map(torch.equal, found, exact))
+
+
+def test_no_row_draws_nothing(launch: ModuleType):
+    assert check(launch, logits_of(0, 33), []).tolist() == []
+
+
 def test_what_has_no_chance_is_never_drawn(launch: ModuleType, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch, "BLOCK_TOKENS", 4)
     logits = torch.full((20, 14), float("-inf"), device=DEVICE)
