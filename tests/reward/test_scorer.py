@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
+from model import Packed
 from model.kernels.cpu import passes
 from reward.hierarchy import HIERARCHY
 from reward.model import RewardModel
 from reward.scorer import InProcessScorer, load_scorer
-from reward.types import Item, Scorer
+from reward.types import Item, Scorer, Verdict
 from tests.reward.test_model import LEARNED, tiny
 
 PROMPT = ({"role": "user", "content": "2+3?"},)
@@ -53,6 +55,23 @@ def test_heads_and_rules_meet_in_the_tree():
     assert right.dimensions["correctness"] == 1.0
     assert 0 < free.dimensions["correctness"] < 1
     assert right.version == judge.version == model.version
+
+
+@pytest.mark.parametrize("hierarchy", [HIERARCHY, LEARNED])
+def test_a_score_is_the_tree_of_the_models_own_forward(hierarchy):
+    model, items = tiny(hierarchy), [item(text) for text in ("5", "no", "no, 7")]
+    packed = Packed.from_sequences([encode(each) for each in items])
+    with torch.no_grad():
+        out = model(packed, [len(encode_prompt(each)) for each in items])
+    gates = [None] * 3 if out.gate is None else out.gate.tolist()
+    found = scorer(model).score(items)
+    for score, values, gate in zip(found, out.values.tolist(), gates, strict=True):
+        heads = {f"head:{name}": value for name, value in zip(model.signals, values, strict=True)}
+        assert {name: each.value for name, each in score.signals.items()} == pytest.approx(heads)
+        shares = gate and dict(zip(hierarchy.dimensions, gate, strict=True))
+        tree = hierarchy.score({name: Verdict(value) for name, value in heads.items()}, shares)
+        assert score.value == pytest.approx(tree.value)
+    assert len({score.value for score in found}) == 3
 
 
 def test_a_score_does_not_depend_on_batching():
